@@ -1,4 +1,321 @@
-from dataclasses import dataclass
-class Hook: pass
-def attached_hooks(m): return []
-def penalty(m,n): return 0.
+"""From a method to a model: which layers are covered, the plan that all verbs share, and what stands between a layer and its weight.
+
+``Planner`` works out evidence, scores and rankings once and answers every knob from them: the slider's engine, and what ``plan`` and
+``compress`` use. ``attach`` puts a packed value between a layer and its weight; ``baked`` makes the weights plain again.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .evidence import PROVIDERS, Evidence, Loss
+from .inputs import as_input, device_of, sample
+from .knobs import nearest
+from .method import Method, call
+from .packed import Masked, Packed, State
+from .select import Masks, Ranking, rank
+
+COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Plan = dict[str, Packed]
+
+
+def weighted(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution and dense layer by name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, COVERED)}
+
+
+def covered(model: nn.Module, where: str = "*") -> dict[str, nn.Module]:
+    """The layers that ``where`` names: patterns of layer names or types, separated by commas; ``!`` leaves out.
+
+    ``"conv*"``, ``"Linear"``, ``"*, !first, !last"`` (first and last weighted layer). ValueError where a pattern matches nothing.
+    """
+    layers = weighted(model)
+    if not layers:
+        raise ValueError("the model has no convolution or dense layer to compress")
+    names = list(layers)
+    ends = {"first": names[0], "last": names[-1]}
+
+    def matches(pattern: str) -> list[str]:
+        found = [n for n in names if fnmatch.fnmatchcase(n, ends.get(pattern, pattern)) or type_name(layers[n]) == pattern]
+        if not found:
+            raise ValueError(f"where={where!r}: {pattern!r} matches no layer{nearest(pattern, names)}; the layers are {', '.join(names)}")
+        return found
+
+    patterns = [p.strip() for p in where.split(",") if p.strip()]
+    wanted = {n for p in patterns if not p.startswith("!") for n in matches(p)}
+    if not any(not p.startswith("!") for p in patterns):
+        wanted = set(names)
+    wanted -= {n for p in patterns if p.startswith("!") for n in matches(p[1:])}
+    if not wanted:
+        raise ValueError(f"where={where!r} leaves no layer; the layers are {', '.join(names)}")
+    return {n: m for n, m in layers.items() if n in wanted}
+
+
+def type_name(layer: nn.Module) -> str:
+    """The layer's class name as it was before anything was attached."""
+    return parametrize.type_before_parametrizations(layer).__name__
+
+
+class Planner:
+    """One model, one method, and everything that does not change while knobs move: evidence, scores, the order of the units.
+
+    ``data`` is a data set of load_data or a pair (images, labels); methods that ask for evidence need it. ``samples`` training images serve for
+    evidence. The model is not changed.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, *, where: str = "*", data: Any = None, loss: Loss = F.cross_entropy, samples: int = 512):
+        self.method, self.layers = method, covered(model, where)
+        self.previous = plan_of(model)
+        self.weights = {name: layer.weight.detach() for name, layer in self.layers.items()}
+        _check_finite(self.weights)
+        self._given = self._gather(model, data, loss, samples)
+        self._scores: tuple[Any, Masks] | None = None
+        self._ranking: tuple[Any, Ranking] | None = None
+
+    def __call__(self, **knobs: Any) -> Plan:
+        """The plan {layer: packed} for these knobs. ValueError for a knob that is misspelt or out of range."""
+        knobs = self.method.bind(knobs)
+        if not self.method.selects:
+            return {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
+        masks = self._masks(knobs)
+        return {n: Masked(self._values(n, masks, knobs), m, knobs["storage"]) for n, m in masks.items()}
+
+    def ranking(self, **knobs: Any) -> Ranking:
+        """The units in order (scores only)."""
+        own = {n: knobs[n] for n in self.method.own_knobs}
+        if self._scores is None or self._scores[0] != own:
+            self._scores, self._ranking = (own, self._score(own)), None
+        key = knobs["unit"], knobs["scope"]
+        if self._ranking is None or self._ranking[0] != key:
+            self._ranking = key, rank(self._still_removed(self._scores[1], knobs["unit"]), *key)
+        return self._ranking[1]
+
+    def _masks(self, knobs: dict[str, Any]) -> Masks:
+        ranking = self.ranking(**knobs)
+        return ranking.at(knobs["keep"]) if knobs["threshold"] is None else ranking.above(knobs["threshold"])
+
+    def _values(self, name: str, masks: Masks, knobs: dict[str, Any]) -> Tensor:
+        """The weights that stay: as they are, or rewritten by the method's repair."""
+        if self.method.repair is None:
+            return self.weights[name]
+        if self._repaired is None or self._repaired[0] is not masks:
+            self._repaired = masks, self._repair(masks, knobs)
+        return self._repaired[1][name]
+
+    _repaired: tuple[Masks, dict[str, Tensor]] | None = None
+
+    def _repair(self, masks: Masks, knobs: dict[str, Any]) -> dict[str, Tensor]:
+        if not self.method.joint:
+            return {n: call(self.method.repair, {**g, "mask": masks[n]}, knobs) for n, g in self._given.items()}
+        given = _end_to_end(self._given)
+        flat = call(self.method.repair, {**given, "mask": torch.cat([m.flatten() for m in masks.values()])}, knobs)
+        return _apart(flat, self.weights)
+
+    def _score(self, own: dict[str, Any]) -> dict[str, Tensor]:
+        if self.method.joint:
+            return _apart(call(self.method.fn, _end_to_end(self._given), own), self.weights)
+        return {n: call(self.method.fn, g, own).expand_as(self.weights[n]) for n, g in self._given.items()}
+
+    def _still_removed(self, scores: dict[str, Tensor], unit: str) -> dict[str, Tensor]:
+        """What an earlier plan removed counts for nothing, so it goes first."""
+        least = -torch.inf if unit == "weight" else 0.0
+        return {n: s.masked_fill(~self.previous[n].mask, least) if n in self.previous else s for n, s in scores.items()}
+
+    def _gather(self, model: nn.Module, data: Any, loss: Loss, samples: int) -> dict[str, dict[str, Any]]:
+        wanted = [a for a in self.method.asks if a not in ("w", "training")]
+        given = {n: {"w": w, "training": False} for n, w in self.weights.items()}
+        for name in wanted:
+            for layer, value in gather(model, self.layers, name, data, loss, samples, self.method.key).items():
+                given[layer][name] = value
+        return given
+
+
+def gather(model: nn.Module, layers: dict[str, nn.Module], name: str, data: Any, loss: Loss = F.cross_entropy, samples: int = 512, owner: str = "this") -> Evidence:
+    """The evidence ``name`` for ``layers`` from a fixed stratified sample of the training part, the model in evaluation mode."""
+    if name not in PROVIDERS:
+        raise ValueError(f"{owner} asks for {name!r}, which nothing provides{nearest(name, PROVIDERS)}; there are w, training, {', '.join(PROVIDERS)}")
+    if data is None:
+        raise ValueError(f"{owner} asks for {name}, which needs data: pass data=load_data(...) or a pair (images, labels)")
+    x, y = (t.to(device_of(model)) for t in sample(data, samples))
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        return {n: v.detach() for n, v in PROVIDERS[name](model.eval(), layers, as_input(x), y, loss).items()}
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _end_to_end(given: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The layers' evidence as if they were one long vector of weights (after whatever leads the weight's own axes)."""
+    layers = list(given.values())
+
+    def joined(name: str) -> Any:
+        parts = [(g[name], g["w"].dim()) for g in layers]
+        return torch.cat([p.flatten(p.dim() - d) for p, d in parts], dim=-1) if isinstance(parts[0][0], Tensor) else parts[0][0]
+
+    return {name: joined(name) for name in layers[0]}
+
+
+def _apart(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: part.reshape(w.shape) for (n, w), part in zip(like.items(), flat.split([w.numel() for w in like.values()]), strict=True)}
+
+
+def _check_finite(weights: dict[str, Tensor]) -> None:
+    for name, w in weights.items():
+        bad = int((~torch.isfinite(w)).sum())
+        if bad:
+            raise ValueError(f"layer {name} has {bad:,} weights that are NaN or infinite; load or train the model again before compressing it")
+
+
+class Attached(nn.Module):
+    """What stands between a layer's latent weight and the weight that it computes with (a torch parametrization).
+
+    A frozen packed value holds its tensors as buffers. A method that learns is asked again on every training forward with its state:
+    float tensors are parameters, the rest buffers or plain numbers.
+    """
+
+    def __init__(self, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.method = method if method is not None and method.learns else None
+        self.knobs = knobs or {}
+        self.kind = type(packed)
+        self.rest: State = {}
+        content = packed.state if self.method else {f.name: getattr(packed, f.name) for f in fields(packed) if f.name != "values"}
+        for name, value in content.items():
+            self._hold(name, value)
+
+    def _hold(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            self.register_parameter(name, nn.Parameter(value.detach().clone()))
+        elif isinstance(value, Tensor):
+            self.register_buffer(name, value.detach().clone())
+        else:
+            self.rest[name] = value
+
+    def content(self) -> State:
+        return {**self.rest, **dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+
+    def packed(self, w: Tensor) -> Packed:
+        """The packed value that stands for latent weight ``w`` now."""
+        if self.method is None:
+            return self.kind(values=w, **self.content())
+        return call(self.method.fn, {"w": w, "training": self.training}, {**self.knobs, "state": self.content()})
+
+    def forward(self, w: Tensor) -> Tensor:
+        packed = self.packed(w)
+        if self.method is not None and self.training:
+            self._remember(packed.state)
+        return packed.through(packed.values)
+
+    def _remember(self, state: State) -> None:
+        for name, value in state.items():
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                getattr(self, name).copy_(value)
+            elif not isinstance(value, Tensor):
+                self.rest[name] = value
+
+
+def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, Attached]]:
+    """(name, layer, what is attached to it) for every compressed layer."""
+    for name, layer in weighted(model).items():
+        if parametrize.is_parametrized(layer, "weight"):
+            for p in layer.parametrizations.weight:
+                if isinstance(p, Attached):
+                    yield name, layer, p
+
+
+def latent(layer: nn.Module) -> Tensor:
+    """The float weight behind what is attached."""
+    return layer.parametrizations.weight.original
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What is attached to a model now: {layer: packed}, detached and frozen; empty for a model that was never compressed."""
+    with torch.no_grad():
+        return {name: a.packed(latent(layer)).frozen() for name, layer, a in attached(model)}
+
+
+def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
+    """Put ``packed`` between a layer and its weight, in place of whatever stood there; the layer is changed."""
+    detach(layer)
+    with torch.no_grad():
+        layer.weight.copy_(packed.values.to(layer.weight))
+    between = Attached(packed, method, knobs).to(layer.weight.device)
+    between.training = layer.training
+    parametrize.register_parametrization(layer, "weight", between, unsafe=True)
+    if between.method is not None and between.method.training.variance is not None:
+        layer.register_forward_hook(local_reparametrization)
+
+
+def detach(layer: nn.Module) -> None:
+    """Make the weight that the layer computes with its plain parameter again."""
+    if parametrize.is_parametrized(layer, "weight"):
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        for key in [k for k, hook in layer._forward_hooks.items() if hook is local_reparametrization]:
+            del layer._forward_hooks[key]
+
+
+def baked(model: nn.Module) -> nn.Module:
+    """A copy with plain weights: the same outputs, nothing attached, nothing left to work out on a forward pass."""
+    copy = deepcopy(model).eval()
+    for _, layer, _ in list(attached(copy)):
+        detach(layer)
+    return copy
+
+
+def local_reparametrization(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """Noise on the pre-activations instead of the weights, one draw an output: variance = conv(x^2, var w) (Kingma et al. 2015)."""
+    between = next(a for a in layer.parametrizations.weight if isinstance(a, Attached))
+    if not between.training:
+        return out
+    variance = apply_weight(layer, inputs[0].square(), between.method.training.variance(between.packed(latent(layer))))
+    return out + variance.clamp(min=1e-12).sqrt() * torch.randn_like(out)
+
+
+def apply_weight(layer: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+    """The layer's linear map with another weight and no bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, w)
+    return layer._conv_forward(x, w, None)
+
+
+@dataclass(frozen=True)
+class Hook:
+    """What happens around an optimizer step; each part takes (model, optimizer)."""
+
+    before: Callable[[nn.Module, torch.optim.Optimizer], None] = lambda model, rule: None
+    gradients: Callable[[nn.Module, torch.optim.Optimizer], None] = lambda model, rule: None
+    after: Callable[[nn.Module, torch.optim.Optimizer], None] = lambda model, rule: None
+
+
+def attached_hooks(model: nn.Module) -> list[Hook]:
+    """The projections that attached methods ask for after each step."""
+    layers = [(layer, a) for _, layer, a in attached(model) if a.method is not None and a.method.training.project]
+
+    def project(_: nn.Module, rule: torch.optim.Optimizer) -> None:
+        with torch.no_grad():
+            for layer, a in layers:
+                w = latent(layer)
+                w.copy_(call(a.method.training.project, {"w": w, "lr": rule.param_groups[0]["lr"]}, a.knobs))
+
+    return [Hook(after=project)] if layers else []
+
+
+def penalty(model: nn.Module, examples: int, progress: float) -> Tensor | float:
+    """The sum of what attached methods add to the task's mean loss."""
+    available = {"examples": examples, "progress": progress}
+    terms = [
+        call(a.method.training.penalty, {**available, "packed": a.packed(latent(layer))}, a.knobs)
+        for _, layer, a in attached(model)
+        if a.method is not None and a.method.training.penalty
+    ]
+    return sum(terms)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+
+from ..core.inputs import Pair, stratified
 
 DATASETS = Path(os.environ.get("CMLIB_DATASETS", Path(__file__).resolve().parents[2] / "datasets"))
 CIFAR10 = "CMLIB_CIFAR10"  # the environment variable that names CIFAR-10's folder or file
@@ -41,8 +42,6 @@ IDX_SHA256 = {
     "fashion_mnist/t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
     "fashion_mnist/t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
-
-Pair = tuple[Tensor, Tensor]
 
 
 class DataError(ValueError):
@@ -95,28 +94,8 @@ def _load(name: str, source: str) -> Data:
     return Data(name, _pair(train, rest), _pair(train, held), test, CLASSES[name])
 
 
-def _pair(pair: Pair, rows: Tensor) -> Pair:
+def _pair(pair: Pair, rows: torch.Tensor) -> Pair:
     return pair[0][rows], pair[1][rows]
-
-
-def as_input(images: Tensor) -> Tensor:
-    """uint8 images as the floats x/255 that networks take; anything already float passes unchanged."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
-
-
-def stratified(labels: Tensor, count: int, seed: int = 0) -> Tensor:
-    """``count`` row numbers in which every class has its share (to within one), in an order whose every prefix has too.
-
-    The images of each class are shuffled by ``seed`` and dealt out evenly spaced along the order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    place = torch.empty(len(labels), dtype=torch.float64)
-    for c in labels.unique():
-        rows = (labels == c).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        start = torch.rand(1, generator=generator, dtype=torch.float64)
-        place[rows] = (torch.arange(len(rows), dtype=torch.float64) + start) / len(rows)
-    return place.argsort(stable=True)[:count]
 
 
 def sha256(data: bytes) -> str:
@@ -137,7 +116,7 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _idx(key: str) -> Tensor:
+def _idx(key: str) -> torch.Tensor:
     """An idx file as a uint8 tensor: two zero bytes, type 8, the number of axes, their lengths, then the values."""
     raw = gzip.decompress(_read(DATASETS / key))
     axes = raw[3]

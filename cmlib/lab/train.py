@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core.apply import Hook, attached_hooks, penalty
-from .data import Data, Pair, as_input
+from ..core.inputs import Pair, as_input, device_of, pair_of
+from .data import Data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,15 +33,6 @@ class Fit:
     best_epoch: int = 0
     seconds: float = 0.0
     interrupted: bool = False
-
-
-def pair_of(data: Data | Pair, part: str) -> Pair:
-    """The named part of a data set; a pair (images, labels) of the user's own stands for every part."""
-    return getattr(data, part) if isinstance(data, Data) else data
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
@@ -131,7 +123,7 @@ def fit(
                     x = as_input(images[rows])
                     x = augment(x, draw) if augment else x
                     x = x.to(device, memory_format=torch.channels_last) if x.dim() == 4 else x.to(device)
-                    total += _step(model, x, labels[rows].to(device), loss, len(labels), step_rule, hooks)
+                    total += _step(model, x, labels[rows].to(device), loss, lambda m: penalty(m, len(labels), rate.last_epoch / (epochs * steps)), step_rule, hooks)
                     rate.step()
                 accuracy = evaluate(model, data) if isinstance(data, Data) else float("nan")
                 done.rows.append({"epoch": epoch, "loss": total / steps, "accuracy": accuracy, "seconds": time.perf_counter() - started})
@@ -149,12 +141,12 @@ def fit(
     return done
 
 
-def _step(model, x, y, loss: Loss, examples: int, rule: torch.optim.Optimizer, hooks: Sequence[Hook]) -> float:
+def _step(model, x, y, loss: Loss, extra: Callable[[nn.Module], Tensor | float], rule: torch.optim.Optimizer, hooks: Sequence[Hook]) -> float:
     for hook in hooks:
         hook.before(model, rule)
     rule.zero_grad(set_to_none=True)
     with parametrize.cached():
-        value = loss(model(x), y) + penalty(model, examples)
+        value = loss(model(x), y) + extra(model)
     value.backward()
     for hook in hooks:
         hook.gradients(model, rule)

@@ -1,0 +1,26 @@
+"""The methods, one module a survey chapter. ``catalog()`` reads their namespaces; nothing is registered."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from ..core.knobs import nearest
+from ..core.method import Method
+from . import prune
+
+CHAPTERS: tuple[ModuleType, ...] = (prune,)
+
+
+def catalog() -> dict[str, Method]:
+    """Every method by its key, in the order of the chapters."""
+    return {m.key: m for module in CHAPTERS for m in vars(module).values() if isinstance(m, Method)}
+
+
+def find(method: Method | str) -> Method:
+    """The method itself, or the one with that key. ValueError names the nearest key."""
+    if isinstance(method, Method):
+        return method
+    methods = catalog()
+    if method not in methods:
+        raise ValueError(f"no method {method!r}{nearest(str(method), methods)}; catalog() lists {', '.join(methods)}")
+    return methods[method]

@@ -1,0 +1,142 @@
+"""What methods may ask for by naming a positional argument, and how each is worked out from a model and a sample of data.
+
+Every provider is a function (model, layers, x, y, loss) -> {layer: tensor} with no lasting effect on the model. ``w`` (the weight itself) and
+``training`` (whether this is a training forward) need no provider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layers = dict[str, nn.Module]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Evidence = dict[str, Tensor]
+
+WHOLE_HESSIAN = 4_000  # weights; the inverse of LeNet-5's would take 0.74 TB
+CHUNK = 32  # examples whose gradients are held at once
+PROBES = 16  # random directions that stand for the output's Hessian where there are more outputs than this
+
+
+def grad(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """Gradient of the mean loss over the sample, summed before anything else is done to it. Shape of ``w``."""
+    total = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    for xs, ys in zip(x.split(256), y.split(256), strict=True):
+        parts = torch.autograd.grad(loss(model(xs), ys) * (len(xs) / len(x)), [m.weight for m in layers.values()])
+        for name, part in zip(layers, parts, strict=True):
+            total[name] += part
+    return total
+
+
+def hess_diag(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """Diagonal of the Gauss-Newton Hessian of the mean loss: E[J^T H_out J]_kk, exact up to 16 outputs. Shape of ``w``.
+
+    It equals the Hessian's own diagonal where the model is linear in its weights, and is never negative.
+    """
+    total = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    for gradients in _example_gradients(model, layers, x, y, loss):
+        for name, (patches, delta) in gradients.items():
+            if patches.shape[1] == patches.shape[3] == 1:  # one group, one position: an outer product, whose square is one too
+                square = delta.flatten(1).square().T @ patches.flatten(1).square()
+            else:
+                square = _per_example(patches, delta).square().sum(0)
+            total[name] += square.reshape(total[name].shape) / len(x)
+    return total
+
+
+def hess_rows(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """Vectors whose mean outer product is the whole Gauss-Newton Hessian: shape (P, *w.shape), H = rows^T rows / P.
+
+    ValueError above some 4,000 weights in all.
+    """
+    size = sum(layer.weight.numel() for layer in layers.values())
+    if size > WHOLE_HESSIAN:
+        raise ValueError(
+            f"a Hessian of all {size:,} covered weights at once would have {size**2:,} entries; {WHOLE_HESSIAN:,} weights is the limit: "
+            "cover fewer layers with where=..., or use layerwise_obs, which takes one layer at a time"
+        )
+    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+    count = 0
+    for gradients in _example_gradients(model, layers, x, y, loss):
+        count += len(next(iter(gradients.values()))[0])
+        for name, (patches, delta) in gradients.items():
+            rows[name].append(_per_example(patches, delta).reshape(-1, *layers[name].weight.shape))
+    return {name: torch.cat(r) * (count / len(x)) ** 0.5 for name, r in rows.items()}
+
+
+def acts_gram(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """Second moment of a layer's inputs, (groups, k, k): mean over examples (and positions) of patch patch^T, k weights an output."""
+    total: Evidence = {}
+    count: dict[str, int] = {}
+    with torch.no_grad():
+        for xs in x.split(CHUNK):
+            with _watched(layers) as seen:
+                model(xs)
+            for name, (a, _) in seen.items():
+                p = _patches(layers[name], a).transpose(0, 1).transpose(2, 3).flatten(1, 2)  # (groups, examples x positions, k)
+                total[name] = total.get(name, 0) + p.transpose(1, 2) @ p
+                count[name] = count.get(name, 0) + p.shape[1]
+    return {name: t / count[name] for name, t in total.items()}
+
+
+PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in (grad, hess_diag, hess_rows, acts_gram)}
+
+
+@contextmanager
+def _watched(layers: Layers) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Each layer's (input, output) of the forward passes inside the block."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [m.register_forward_hook(lambda _, i, o, n=n: seen.__setitem__(n, (i[0].detach(), o))) for n, m in layers.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _example_gradients(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """For chunks of examples and columns c of S (output Hessian = S S^T): what makes up each example's d(z . S_c)/dw."""
+    for xs, ys in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        with _watched(layers) as seen:
+            z = model(xs)
+        outputs = [o for _, o in seen.values()]
+        for column in _root(z.detach(), ys, loss).unbind(2):
+            deltas = torch.autograd.grad(z, outputs, column, retain_graph=True)
+            yield {name: (_patches(layers[name], seen[name][0]), _grouped(layers[name], d)) for name, d in zip(seen, deltas, strict=True)}
+
+
+def _root(z: Tensor, y: Tensor, loss: Loss) -> Tensor:
+    """S with S S^T = the Hessian of each example's loss in its own outputs, (N, C, C); beyond 16 outputs, 16 random mixtures of its columns."""
+    hessian = torch.func.vmap(torch.func.hessian(lambda zi, yi: loss(zi[None], yi[None])))(z, y)
+    values, vectors = torch.linalg.eigh(hessian)
+    root = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    if root.shape[2] <= PROBES:
+        return root
+    signs = torch.randint(0, 2, (root.shape[2], PROBES), generator=torch.Generator().manual_seed(0)).to(root) * 2 - 1
+    return root @ signs / PROBES**0.5
+
+
+def _patches(layer: nn.Module, a: Tensor) -> Tensor:
+    """What each output of a layer is a product of: (examples, groups, k, positions), k the weights of one output."""
+    if isinstance(layer, nn.Linear):
+        return a.reshape(len(a), 1, -1, a.shape[-1]).transpose(2, 3)
+    if not isinstance(layer, nn.Conv2d) or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise ValueError(f"this evidence is for dense layers and 2-D convolutions with zero padding, not {layer}; leave it out with where=...")
+    columns = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return columns.unflatten(1, (layer.groups, -1))
+
+
+def _grouped(layer: nn.Module, delta: Tensor) -> Tensor:
+    """The gradient at a layer's output as (examples, groups, outputs of a group, positions)."""
+    if isinstance(layer, nn.Linear):
+        return delta.reshape(len(delta), 1, -1, delta.shape[-1]).transpose(2, 3)
+    return delta.flatten(2).unflatten(1, (layer.groups, -1))
+
+
+def _per_example(patches: Tensor, delta: Tensor) -> Tensor:
+    """Each example's weight gradient: (examples, groups, outputs of a group, k)."""
+    return delta @ patches.transpose(2, 3)

@@ -1,0 +1,51 @@
+"""What goes into a network: pairs (images, labels), in which layout and on which device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Pair = tuple[Tensor, Tensor]
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 images as the floats x/255 that networks take; anything already float passes unchanged."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def pair_of(data: Any, part: str) -> Pair:
+    """The named part of a data set; a pair (images, labels) of the user's own stands for every part."""
+    pair = getattr(data, part, data)
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and len(pair[0]) == len(pair[1]) > 0):
+        raise ValueError(f"data must be a data set of load_data or a pair (images, labels) of equal, positive length; got {type(data).__name__}")
+    return pair[0], pair[1]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def stratified(labels: Tensor, count: int, seed: int = 0) -> Tensor:
+    """``count`` row numbers in which every class has its share (to within one), in an order whose every prefix has too.
+
+    The rows of each class are shuffled by ``seed`` and dealt out evenly spaced along the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.empty(len(labels), dtype=torch.float64)
+    for c in labels.unique():
+        rows = (labels == c).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        start = torch.rand(1, generator=generator, dtype=torch.float64)
+        place[rows] = (torch.arange(len(rows), dtype=torch.float64) + start) / len(rows)
+    return place.argsort(stable=True)[:count]
+
+
+def sample(data: Any, count: int) -> Pair:
+    """A fixed stratified sample of the training part, for gradients, curvature and calibration."""
+    images, labels = pair_of(data, "train")
+    if count >= len(labels):
+        return images, labels
+    rows = stratified(labels, count) if labels.dtype == torch.int64 and labels.dim() == 1 else torch.arange(count)
+    return images[rows], labels[rows]

@@ -1,0 +1,123 @@
+"""A method is a plain function and a decorator that says what it is.
+
+    @score("Molchanov et al. 2017, Pruning CNNs for resource efficient inference", chapter="02")
+    def taylor(w, grad):
+        return (w * grad).abs()
+
+Positional arguments are evidence, asked for by name (``cmlib.core.evidence`` lists what there is). Keyword-only arguments are
+knobs. The decorated function stays callable as itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from .knobs import Knob, bind, knobs_of
+from .packed import Masked
+from .select import selection
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method wants of training, besides its forward pass; every part may be left out.
+
+    ``penalty(packed, [examples, progress], **knobs)``: a scalar added to the task's mean loss; ``examples`` is the number of
+    training examples, ``progress`` goes from 0 to 1. ``project(w, lr, **knobs)``: the weight after each optimizer step.
+    ``variance(packed)``: the weight's variance, sampled at the pre-activations (local reparameterization).
+    """
+
+    penalty: Callable | None = None
+    project: Callable | None = None
+    variance: Callable | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A compression method: its function, its kind, its source, and how the shared parts should treat it.
+
+    ``joint``: the function sees all covered weights laid end to end as one vector. ``repair(w, mask, <evidence>, **knobs)`` rewrites
+    the weights that stay. ``training`` is what it wants of training. ``exempt`` names laws that it cannot meet, with the reason.
+    """
+
+    fn: Callable
+    kind: str
+    paper: str
+    chapter: str
+    joint: bool = False
+    repair: Callable | None = None
+    training: Training = Training()
+    defaults: dict[str, Any] = field(default_factory=dict)
+    exempt: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.key}: {self.paper}>"
+
+    def __post_init__(self) -> None:  # help(method) is the function's help
+        object.__setattr__(self, "__doc__", inspect.getdoc(self.fn) or "")
+
+    @property
+    def key(self) -> str:
+        return self.fn.__name__
+
+    @property
+    def title(self) -> str:
+        """The first line of the docstring."""
+        return (self.__doc__ or "").split("\n")[0].rstrip(".")
+
+    @cached_property
+    def asks(self) -> tuple[str, ...]:
+        """The evidence that the function takes, in order."""
+        return tuple(n for n, p in inspect.signature(self.fn).parameters.items() if p.kind is not p.KEYWORD_ONLY)
+
+    @cached_property
+    def learns(self) -> bool:
+        """Whether it carries a state through training."""
+        return "state" in inspect.signature(self.fn).parameters
+
+    @cached_property
+    def selects(self) -> bool:
+        """Whether it gives scores, from which the shared selection makes a mask, rather than a packed value of its own."""
+        return self.kind == "score" and inspect.signature(self.fn).return_annotation not in (Masked, "Masked")
+
+    @cached_property
+    def own_knobs(self) -> dict[str, Knob]:
+        return knobs_of(self.fn)
+
+    @cached_property
+    def knobs(self) -> dict[str, Knob]:
+        """Every knob: those of the selection (for a score: keep first), then the function's own."""
+        shared = knobs_of(selection) if self.selects else {}
+        merged = {**shared, **self.own_knobs}
+        return {n: replace(k, default=self.defaults.get(n, k.default)) for n, k in merged.items()}
+
+    def bind(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The knobs checked and completed; ValueError names what is wrong and what is allowed."""
+        return bind(self.knobs, given, self.key)
+
+
+def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
+    def decorator(paper: str, *, chapter: str, **how: Any) -> Callable[[Callable], Method]:
+        settings = {k: how.pop(k) for k in ("joint", "repair", "training", "exempt") if k in how}
+        return lambda fn: Method(fn, kind, paper, chapter, defaults=how, **settings)
+
+    decorator.__name__ = kind
+    decorator.__doc__ = f"Make a method of kind {kind!r} of a function; further keywords are defaults of shared knobs."
+    return decorator
+
+
+score = _kind("score")
+tool = _kind("tool")
+
+
+def call(fn: Callable, available: dict[str, Any], knobs: dict[str, Any]) -> Any:
+    """Call ``fn`` with the positional arguments it names, taken from ``available``, and those knobs that it has."""
+    parameters = inspect.signature(fn).parameters
+    asked = [available[n] for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+    return fn(*asked, **{n: v for n, v in knobs.items() if n in parameters and parameters[n].kind is inspect.Parameter.KEYWORD_ONLY})

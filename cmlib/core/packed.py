@@ -1,0 +1,84 @@
+"""What a method returns for a weight: final dataclasses that answer three questions.
+
+``dense()``   the weight that it stands for, in evaluation.
+``bits()``    what storing it truly costs: values, indices, tables, each array padded to whole bytes.
+``arrays()``  what goes to disk.
+
+Error and ratio columns, files, pictures, training and the laws all derive from these three. ``through(w)`` is the same weight
+with ``w`` in place of its own latent values: what a training forward sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import storage
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """Weights of which some are removed: ``values`` where ``mask``, zero elsewhere.
+
+    ``storage`` is dense, bitmap, csr, relative, or auto for the smallest. ``straight`` lets the gradient reach removed weights as if they
+    were there (the straight-through line), so that they can come back. ``state`` is what the method learns or remembers.
+    """
+
+    values: Tensor
+    mask: Tensor
+    storage: str = "auto"
+    straight: bool = False
+    state: State = field(default_factory=dict)
+
+    def through(self, w: Tensor) -> Tensor:
+        kept = torch.where(self.mask, w, torch.zeros((), dtype=w.dtype, device=w.device))
+        return w + (kept - w).detach() if self.straight and torch.is_grad_enabled() else kept
+
+    def dense(self) -> Tensor:
+        return self.through(self.values)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes in each storage format."""
+        return storage.nbytes(self.mask.cpu().numpy(), self.values.element_size())
+
+    def format(self) -> str:
+        """The storage format in use: as asked, or the smallest."""
+        return min(sizes := self.sizes(), key=sizes.__getitem__) if self.storage == "auto" else self.storage
+
+    def bits(self) -> int:
+        return 8 * self.sizes()[self.format()]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return self._encoded()[0]
+
+    def meta(self) -> dict[str, Any]:
+        """What the file's header says of this tensor."""
+        return {"type": "masked", "storage": self.format(), "shape": list(self.mask.shape), **self._encoded()[1]}
+
+    def _encoded(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        values = self.dense().detach().cpu().contiguous().numpy()
+        return storage.encode(values, self.mask.cpu().numpy(), self.format())
+
+    @classmethod
+    def decode(cls, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Masked:
+        values, mask = storage.decode(arrays, meta["storage"], tuple(meta["shape"]), meta.get("k", 0))
+        return cls(torch.from_numpy(values.copy()), torch.from_numpy(mask), meta["storage"])
+
+    def frozen(self) -> Masked:
+        """The same with nothing left to learn: detached, without state."""
+        return replace(self, values=self.values.detach(), mask=self.mask.detach(), straight=False, state={})
+
+    @property
+    def kept(self) -> int:
+        """How many weights stay."""
+        return int(self.mask.sum())
+
+
+Packed = Masked  # later chapters add Codes, Factors, Operator and Coded
+TYPES = {"masked": Masked}  # the name in a file's header -> the dataclass

@@ -1,0 +1,143 @@
+"""From scores to masks: what a unit is, which units compete with one another, and how many stay.
+
+A unit is what is removed whole: a single weight, a row of the weight matrix (an output neuron; of a convolution, a filter), a 2-D
+kernel, a block, or n weights of every m. Its score is the sum of its weights' scores. ``scope`` says whether units compete within
+their layer or across the whole network. The same numbers always give the same mask, and masks are nested in ``keep``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .knobs import Keep, Pick, Threshold
+
+Units = Annotated[str, Pick("weight", "row", "filter", "kernel", "block:4x4", "block:8x8", "2:4", "1:4", "4:8")]
+Scope = Annotated[str, Pick("layer", "network")]
+Storage = Annotated[str, Pick("auto", "dense", "bitmap", "csr", "relative")]
+Scores = dict[str, Tensor]
+Masks = dict[str, Tensor]
+
+
+def selection(
+    *, keep: Keep = 0.1, threshold: Threshold = None, unit: Units = "weight", scope: Scope = "layer", storage: Storage = "auto"
+) -> None:
+    """The knobs of selection, which every score has: ``keep`` (share of units that stay) or ``threshold`` (score below which they go)."""
+
+
+def removed(total: int, keep: float) -> int:
+    """How many of ``total`` units go: round((1 - keep) * total), as in torch.nn.utils.prune."""
+    return round((1 - keep) * total)
+
+
+def _order(flat: Tensor) -> Tensor:
+    """Rank of each entry, 0 for the highest score; of equal scores the lower index ranks first, so it stays."""
+    order = flat.argsort(descending=True, stable=True)
+    rank = torch.empty(len(flat), dtype=torch.int32, device=flat.device)
+    rank[order] = torch.arange(len(flat), dtype=torch.int32, device=flat.device)
+    return rank
+
+
+def _rows(s: Tensor) -> Tensor:
+    return s.flatten(1).sum(1)
+
+
+def _kernels(s: Tensor) -> Tensor:
+    return s.flatten(2).sum(2) if s.dim() > 2 else s
+
+
+def _blocks(s: Tensor, height: int, width: int) -> Tensor:
+    """Sums over blocks of the weight matrix (out, rest); the last blocks may be smaller."""
+    m = s.flatten(1)
+    m = F.pad(m, (0, -m.shape[1] % width, 0, -m.shape[0] % height))
+    return m.unflatten(1, (-1, width)).unflatten(0, (-1, height)).sum((1, 3))
+
+
+def to_units(s: Tensor, unit: str) -> Tensor:
+    """Scores of units from scores of weights."""
+    if unit in ("row", "filter"):
+        return _rows(s)
+    if unit == "kernel":
+        return _kernels(s)
+    if unit.startswith("block:"):
+        return _blocks(s, *_pair(unit))
+    return s
+
+
+def to_weights(kept: Tensor, unit: str, shape: torch.Size) -> Tensor:
+    """A mask of weights from a mask of units."""
+    if unit.startswith("block:"):
+        height, width = _pair(unit)
+        rows, columns = shape[0], shape.numel() // shape[0]
+        return kept.repeat_interleave(height, 0).repeat_interleave(width, 1)[:rows, :columns].reshape(shape)
+    return kept.reshape(*kept.shape, *[1] * (len(shape) - kept.dim())).expand(shape)
+
+
+def _pair(unit: str) -> tuple[int, int]:
+    first, second = re.findall(r"\d+", unit)
+    return int(first), int(second)
+
+
+def is_n_of_m(unit: str) -> bool:
+    return re.fullmatch(r"\d+:\d+", unit) is not None
+
+
+def n_of_m(s: Tensor, n: int, m: int) -> Tensor:
+    """The mask that keeps the n best of every m weights along each row; a short last group keeps its n best too."""
+    rows = s.flatten(1)
+    groups = F.pad(rows, (0, -rows.shape[1] % m), value=-torch.inf).unflatten(1, (-1, m))
+    best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+    return mask.flatten(1)[:, : rows.shape[1]].reshape(s.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Units put in order once; every ``keep`` and ``threshold`` is then a comparison."""
+
+    scores: Scores  # of weights, each of its weight's shape
+    unit: str
+    scope: str
+    ranks: dict[str, Tensor]  # of units; across the network where that is the scope
+    total: dict[str, int]  # how many units compete in each layer's scope
+
+    def at(self, keep: float) -> Masks:
+        """Masks that keep ``keep`` of the units of each scope."""
+        if is_n_of_m(self.unit):
+            return {name: n_of_m(s, *_pair(self.unit)) for name, s in self.scores.items()}
+        return self._masks(lambda name: self.ranks[name] < self.total[name] - removed(self.total[name], keep))
+
+    def above(self, threshold: float) -> Masks:
+        """Masks of the units whose score is at least ``threshold``."""
+        return self._masks(lambda name: to_units(self.scores[name], self.unit) >= threshold)
+
+    def _masks(self, kept: Callable[[str], Tensor]) -> Masks:
+        return {name: to_weights(kept(name), self.unit, s.shape) for name, s in self.scores.items()}
+
+
+def rank(scores: Scores, unit: str = "weight", scope: str = "layer") -> Ranking:
+    """Put the units of ``scores`` ({layer: tensor of its weight's shape}) in order."""
+    units = {name: to_units(s, unit) for name, s in scores.items()}
+    if is_n_of_m(unit):
+        return Ranking(scores, unit, scope, {}, {})
+    if scope == "network":
+        flat = _order(torch.cat([u.flatten() for u in units.values()]))
+        parts = flat.split([u.numel() for u in units.values()])
+        ranks = {name: part.reshape(u.shape) for (name, u), part in zip(units.items(), parts, strict=True)}
+        return Ranking(scores, unit, scope, ranks, dict.fromkeys(units, len(flat)))
+    ranks = {name: _order(u.flatten()).reshape(u.shape) for name, u in units.items()}
+    return Ranking(scores, unit, scope, ranks, {name: u.numel() for name, u in units.items()})
+
+
+def select(scores: Scores | Tensor, keep: float = 0.1, *, threshold: float | None = None, unit: str = "weight", scope: str = "layer"):
+    """Masks for ``scores`` ({layer: tensor}, or one tensor): ``keep`` of the units stay, or those at or above ``threshold``."""
+    if isinstance(scores, Tensor):
+        return select({"": scores}, keep, threshold=threshold, unit=unit, scope=scope)[""]
+    ranking = rank(scores, unit, scope)
+    return ranking.at(keep) if threshold is None else ranking.above(threshold)

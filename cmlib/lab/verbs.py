@@ -1,0 +1,40 @@
+"""The two verbs that make a compressed model: ``plan`` says what each layer's weight becomes, ``compress`` does it to a copy."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..core.apply import Plan, Planner, attach
+from ..core.evidence import Loss
+from ..core.method import Method
+from ..methods import find
+
+
+def plan(
+    model: nn.Module, method: Method | str, *, where: str = "*", data: Any = None, loss: Loss = F.cross_entropy, samples: int = 512, **knobs: Any
+) -> Plan:
+    """What ``method`` makes of each covered layer's weight: {layer: packed}. The model is not changed.
+
+    ``where`` names layers by pattern of name or type ("conv*", "Linear", "*, !first, !last"). ``data`` (of load_data, or a pair) is for methods that
+    ask for gradients, curvature or activations; ``samples`` of its training images are used. ValueError says what is wrong and what mends it.
+    """
+    return Planner(model, find(method), where=where, data=data, loss=loss, samples=samples)(**knobs)
+
+
+def compress(
+    model: nn.Module, method: Method | str, *, where: str = "*", data: Any = None, loss: Loss = F.cross_entropy, samples: int = 512, **knobs: Any
+) -> nn.Module:
+    """A copy of ``model`` with the method's plan attached (see ``plan``); the original stays bit for bit as it was.
+
+    The copy computes with the compressed weights at once, and masks hold through any training, with ``fit`` or any loop.
+    """
+    method = find(method)
+    made = plan(model, method, where=where, data=data, loss=loss, samples=samples, **knobs)
+    copy = deepcopy(model)
+    for name, packed in made.items():
+        attach(copy.get_submodule(name), packed, method, method.bind(knobs))
+    return copy
