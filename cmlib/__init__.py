@@ -1,0 +1,39 @@
+"""cmlib: every way to make a deep network small, acting on a real trained network, measured.
+
+The public names below are loaded when first used, so that ``python -m cmlib`` works before anything is installed and importing the package costs
+next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "catalog": "methods", "find": "methods",
+    "compress": "lab.verbs", "plan": "lab.verbs",
+    "fit": "lab.train", "evaluate": "lab.train", "predict": "lab.train", "prune_and_train": "lab.train",
+    "measure": "lab.measure", "Row": "lab.measure", "over_seeds": "lab.measure", "sparse_crossover": "lab.measure",
+    "save": "lab.files", "load": "lab.files", "FileError": "lab.files",
+    "load_data": "lab.data", "DataError": "lab.data", "Data": "lab.data",
+    "load_net": "lab.zoo", "build": "lab.zoo", "NetError": "lab.zoo",
+    "explore": "view.explorer",
+    "one_shot": "core.schedule", "iterative": "core.schedule", "gradual": "core.schedule",
+    "score": "core.method", "Keep": "core.knobs", "Span": "core.knobs", "Pick": "core.knobs", "Masked": "core.packed", "select": "core.select",
+}  # fmt: skip
+
+__all__ = [*_PLACES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'cmlib' has no attribute {name!r}")
+    value = getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

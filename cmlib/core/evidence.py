@@ -111,7 +111,7 @@ def _example_gradients(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, l
 
 def _root(z: Tensor, y: Tensor, loss: Loss) -> Tensor:
     """S with S S^T = the Hessian of each example's loss in its own outputs, (N, C, C); beyond 16 outputs, 16 random mixtures of its columns."""
-    hessian = torch.func.vmap(torch.func.hessian(lambda zi, yi: loss(zi[None], yi[None])))(z, y)
+    hessian = torch.func.vmap(torch.func.jacrev(torch.func.grad(lambda zi, yi: loss(zi[None], yi[None]))))(z, y)
     values, vectors = torch.linalg.eigh(hessian)
     root = vectors * values.clamp(min=0).sqrt()[:, None, :]
     if root.shape[2] <= PROBES:

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .environment import chromium, environment
+from .install import chromium, environment
 from .process import ROOT, HouseError, run, say
-from .serve import LOOPBACK, choose_port, has_screen, serve, server_options
+from .server import LOOPBACK, choose_port, has_screen, serve, server_options
 from .tally import Tally
 
 START = "notebooks/00_start_here.ipynb"
@@ -35,9 +35,10 @@ def lab(args: list[str]) -> int:
     options = server_options(lab, args)
     python, port = environment(), choose_port(options.port, 8888)
     command = [
-        python, "-m", "jupyterlab", "--log-level=WARN", f"--ip={LOOPBACK}", f"--port={port}", "--ServerApp.port_retries=0",
-        f"--ServerApp.root_dir={ROOT}", "--ServerApp.answer_yes=True", f"--LabApp.default_url=/lab/tree/{START}",
-        "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        python, "-W", "ignore::DeprecationWarning", "-m", "jupyterlab", "--log-level=WARN", "--LabApp.log_level=WARN",
+        f"--ip={LOOPBACK}", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={ROOT}",
+        "--ServerApp.answer_yes=True", f"--LabApp.default_url=/lab/tree/{START}", "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]  # fmt: skip
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,10 @@ from torch.nn.utils import parametrize
 
 from ..core.apply import Hook, attached_hooks, penalty
 from ..core.inputs import Pair, as_input, device_of, pair_of
+from ..core.method import Method
+from ..core.schedule import Schedule
 from .data import Data
+from .verbs import compress
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -154,6 +158,21 @@ def _step(model, x, y, loss: Loss, extra: Callable[[nn.Module], Tensor | float],
     for hook in hooks:
         hook.after(model, rule)
     return value.item()
+
+
+def prune_and_train(model: nn.Module, method: Method | str, data: Data | Pair, schedule: Schedule, *, where: str = "*", seed: int = 0,
+                    knobs: dict[str, Any] | None = None, **training: Any) -> tuple[nn.Module, list[Fit]]:  # fmt: skip
+    """A copy of ``model`` pruned and trained stage by stage: (the copy, what each stage's ``fit`` did).
+
+    Every stage scores the weights as they then are; what is gone stays gone. ``knobs`` go to the method, further keywords to ``fit``.
+    """
+    runs = []
+    for number, stage in enumerate(schedule):
+        model = compress(model, method, where=where, data=data, keep=stage.keep, **(knobs or {}))
+        runs.append(fit(model, data, epochs=stage.epochs, seed=seed + 1000 * number, **training))
+        if runs[-1].interrupted:
+            break
+    return model, runs
 
 
 def _rate(rule: torch.optim.Optimizer, schedule: str, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

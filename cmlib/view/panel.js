@@ -34,7 +34,7 @@ const s = (tag, attributes = {}, ...children) => {
 const write = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 const clamp = (x, lo, hi) => Math.min(hi, Math.max(lo, x));
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
-const short = (x) => String(Number(x.toPrecision(3)));
+const short = (x) => String(Number(x.toPrecision(3))).replace("-", "−");
 
 function byteText(bytes) {
   if (bytes < 1e3) return `${Math.round(bytes)} B`;
@@ -59,7 +59,7 @@ function makeTable(caption, heads, attributes = {}) {
   const body = h("tbody");
   const headRow = h("tr");
   const node = h("table", attributes, h("caption", {}, caption), h("thead", {}, headRow), body);
-  const head = (texts) => headRow.replaceChildren(...texts.map((t) => h(t ? "th" : "td", t ? { scope: "col" } : {}, t)));
+  const head = (texts) => texts.join() !== [...headRow.cells].map((c) => c.textContent).join() && headRow.replaceChildren(...texts.map((t) => h(t ? "th" : "td", t ? { scope: "col" } : {}, t)));
   head(heads);
   return { node, body, head, fill: (rows) => fillRows(body, rows) };
 }
@@ -122,9 +122,7 @@ const nearest = (steps, value) =>
 
 function knobText(knob, value) {
   if (knob.kind === "pick") return String(value);
-  if (knob.integer) return String(value);
-  const three = value.toPrecision(3);
-  return Number(three) === value ? three : String(value);
+  return String(knob.integer ? value : Number(value.toPrecision(6)));
 }
 
 function makeSpan(knob, hinted, onMove) {
@@ -310,13 +308,21 @@ function barsCard() {
   } };
 }
 
+/** Round places between lo and hi, some four of them. */
+function ticks(lo, hi, least = 0) {
+  const rough = Math.max((hi - lo || 1) / 4, least), decade = 10 ** Math.floor(Math.log10(rough));
+  const step = decade * [1, 2, 5, 10].find((k) => k * decade >= rough * 0.999);
+  return Array.from({ length: Math.floor((hi - lo) / step) + 2 }, (_, i) => (Math.ceil(lo / step) + i) * step).filter((v) => v <= hi + step / 1e6);
+}
+
 function lineCard() {
-  const title = h("h3"), svg = s("svg", { viewBox: "0 0 400 210", role: "img", "font-family": FONT, "font-size": 12 });
+  const title = h("h3"), svg = s("svg", { viewBox: "0 -6 400 214", role: "img", "font-family": FONT, "font-size": 12 });
   const node = h("figure", { class: "pnl-card pnl-line" }, title, svg);
   const style = [[INK.blue, ""], [INK.vermillion, "7 4"], [INK.green, "2 3"], [INK.amberLine, "9 3 2 3"]];
   function update(card) {
     const scale = card.ylog ? (v) => Math.log10(Math.max(v, 1e-12)) : (v) => v;
-    const all = card.series.flatMap((one) => one.y).map(scale), [y0, y1] = [Math.min(...all), Math.max(...all)];
+    const all = card.series.flatMap((one) => one.y).map(scale), [low, y1] = [Math.min(...all), Math.max(...all)];
+    const y0 = !card.ylog && low > 0 && low < 0.4 * y1 ? 0 : low;
     const [x0, x1] = [Math.min(...card.x), Math.max(...card.x)];
     const X = (v) => 46 + (320 * (v - x0)) / (x1 - x0 || 1), Y = (v) => 168 - (146 * (scale(v) - y0)) / (y1 - y0 || 1);
     const word = (x, y, text, more = {}) => s("text", { x, y, fill: INK.muted, ...more }, text);
@@ -324,8 +330,8 @@ function lineCard() {
     write(title, card.title ?? "");
     assign(svg, { "aria-label": card.alt ?? `${card.title}: ${card.series.map((one) => one.label).join(", ")}` });
     svg.replaceChildren(
-      ...[y0, (y0 + y1) / 2, y1].flatMap((v) => [s("path", { d: `M46 ${Y(back(v))}H366`, stroke: INK.grid }), word(40, Y(back(v)) + 4, short(back(v)), end)]),
-      ...[x0, (x0 + x1) / 2, x1].map((v) => word(X(v), 184, short(v), middle)),
+      ...ticks(y0, y1, card.ylog ? 1 : 0).flatMap((v) => [s("path", { d: `M46 ${Y(back(v))}H366`, stroke: INK.grid }), word(40, Y(back(v)) + 4, short(back(v)), end)]),
+      ...ticks(x0, x1).map((v) => word(X(v), 184, short(v), middle)),
       word(206, 202, card.xlabel ?? "", middle), word(46, 10, card.ylabel ?? ""),
       ...(card.cut == null ? [] : [s("path", { d: `M${X(card.cut)} 18V168`, stroke: INK.vermillion, "stroke-width": 2 })]),
       ...card.series.flatMap((one, i) => {
@@ -341,7 +347,7 @@ function lineCard() {
 
 const CARDS = { histogram: histogramCard, image: imageCard, strip: stripCard, bars: barsCard, line: lineCard };
 
-/** Cards in order; bars stand in the second column, under the path, the others in the first. */
+/** Cards in order: in the first column; bars, and a line when that column is full, under the path. */
 function makeCards(first, second) {
   let kept = [];
   return function update(cards, buffers) {
@@ -349,7 +355,7 @@ function makeCards(first, second) {
     if (kinds !== kept.map((one) => one.kind).join()) {
       kept.forEach((one) => one.node.remove());
       kept = cards.map(({ kind }) => ({ kind, ...(CARDS[kind] ?? imageCard)() }));
-      kept.forEach((one) => (one.kind === "bars" ? second : first).append(one.node));
+      kept.forEach(({ kind, node }) => (kind === "bars" || (kind === "line" && first.childElementCount > 2) ? second : first).append(node));
     }
     kept.forEach((one, i) => one.update(cards[i], buffers));
   };
@@ -408,6 +414,11 @@ function makePlot() {
         s("text", { x: Math.min(x, right - 16), y: bottom + 17, "text-anchor": "middle", fill: INK.muted }, byteText(bytes)));
     }
     nodes.push(s("path", { d: `M${left} ${bottom}H${right}`, stroke: INK.grey }));
+    if (reach.top === 1) {                       // said in the picture, so that a saved one says it too
+      const low = Y(reach.floor) - 3;
+      nodes.push(s("text", { x: right, y: low, "text-anchor": "end", "font-size": 10.5, fill: INK.muted }, "stretched near 100 %"));
+      obstacles.push([right - 112, low - 14, right, low]);
+    }
     grid.replaceChildren(...nodes);
   }
 
@@ -434,10 +445,20 @@ function makePlot() {
     const legs = walked.slice(1).map((p, i) => s("path", { "stroke-width": 2, stroke: tint(i + 1),
       d: `M${X(walked[i].bytes)} ${Y(walked[i].accuracy)}L${X(p.bytes)} ${Y(p.accuracy)}` }));
     path.replaceChildren(...legs, ...dots);
-    walked.forEach((p, i) => {                   // labels keep off the dots and the middles of the legs
-      obstacles.push(boxAt(X(p.bytes), Y(p.accuracy), 5));
-      if (i) obstacles.push(boxAt((X(p.bytes) + X(walked[i - 1].bytes)) / 2, (Y(p.accuracy) + Y(walked[i - 1].accuracy)) / 2, 5));
+    walked.slice(-40).forEach((p, i, near) => {  // labels keep off the dots and, at some places, off the legs
+      const [x, y, from] = [X(p.bytes), Y(p.accuracy), near[Math.max(0, i - 1)]];
+      for (const t of [0, 0.2, 0.4, 0.6, 0.8])
+        obstacles.push(boxAt(x + t * (X(from.bytes) - x), y + t * (Y(from.accuracy) - y), 4));
     });
+  }
+
+  /** A pin is a flag above its point, or below where there is no room, so that "now" does not cover it. */
+  function flag(x, y, letter) {
+    const at = y < 36 ? y + 22 : y - 22;
+    obstacles.push(boxAt(x, at, 9));
+    return s("g", {}, s("path", { d: `M${x} ${y}V${at}`, stroke: INK.text, "stroke-width": 1.5 }), s("circle", { cx: x, cy: y, r: 3, fill: INK.text }),
+      s("rect", { x: x - 8, y: at - 8, width: 16, height: 16, rx: 3, fill: INK.text }),
+      s("text", { x, y: at + 4.5, "text-anchor": "middle", fill: "#fff", "font-weight": "bold" }, letter));
   }
 
   function drawMarks({ dense, published, guess, pins }, veil) {
@@ -446,9 +467,7 @@ function makePlot() {
     if (dense) mark(dense, "dense", (x, y) => s("path", { d: `M${x} ${y - 7}l7 12h-14z`, fill: INK.text }));
     for (const p of published) mark(p, p.label, (x, y) => s("path", { d: `M${x} ${y - 8}l8 8l-8 8l-8 -8z`, fill: "#fff", stroke: INK.green, "stroke-width": 2.2 }));
     if (guess?.bytes) mark(guess, `your guess ${Math.round(100 * guess.accuracy)} %`, (x, y) => s("path", { d: `M${x - 6} ${y - 6}l12 12m0 -12l-12 12`, stroke: INK.amber, "stroke-width": 3.2 }));
-    for (const pin of veil ? [] : pins) if (known(pin.point)) mark(pin.point, "", (x, y) => s("g", {},
-      s("rect", { x: x - 8, y: y - 8, width: 16, height: 16, rx: 3, fill: INK.text }),
-      s("text", { x, y: y + 4.5, "text-anchor": "middle", fill: "#fff", "font-weight": "bold" }, pin.label)));
+    for (const pin of veil ? [] : pins) if (known(pin.point)) mark(pin.point, "", (x, y) => flag(x, y, pin.label));
     obstacles.push(...marked.map(({ x, y }) => boxAt(x, y, 9)));
     marks.replaceChildren(...marked.map(({ x, y, shape }) => shape(x, y)),
       ...marked.filter((m) => m.text).map(({ x, y, text }) => caption(text, x, y, obstacles)));
@@ -537,6 +556,8 @@ function makeForgets() {
     if (!flips?.n) return;
     const view = flipBuffers[flips.buffer];
     write(flipTitle, `${flips.caption ?? "answers that flipped"}${flips.total == null ? "" : ` · ${flips.total.toLocaleString("en")} in all`}`);
+    tiles.style.setProperty("--n", flips.n);
+    tiles.style.setProperty("--half", Math.ceil(flips.n / 2));
     fillList(tiles, Array.from({ length: flips.n }, (_, k) => ({ flips, view, k })), flipTile);
   }
   return { node, update };
@@ -742,14 +763,15 @@ function makePanel(model, el) {
   const predict = makePredict(lockIn, () => { state.veil = false; mark("all"); });
   const plot = makePlot(), takeAway = makeTakeAway(state, plot.svg, say);
   const keptNote = h("p", { class: "pnl-kept-note" }), pictures = h("div", { class: "pnl-pictures" });
-  const bars = h("div"), clear = button("clear path", "clear", forgetPath);
+  const bars = h("div"), tools = h("div", { class: "pnl-tools" }, button("clear path", "clear", forgetPath), takeAway.menu);
   const plotBox = h("figure", { class: "pnl-plot" }, h("h3", {}, "accuracy against bytes on disk: the path you walked"), plot.svg,
-    h("figcaption", {}, h("span", {}, "log scale · accuracy stretched near 100 %"), h("span", { class: "pnl-tools" }, clear, takeAway.menu)), takeAway.spare);
+    takeAway.spare);
   const figures = makeTable("figures, dense beside now", ["", "dense", "now", "change"], { class: "pnl-figures", "data-role": "table" });
   const notes = h("div", { class: "pnl-notes", "data-role": "notes" });
   const forgets = makeForgets(), compare = makeCompare(), twin = makeTwin();
   const drawCards = makeCards(pictures, bars);
-  const root = h("article", { class: "pnl", "data-role": "panel" }, header, controls, training, error, predict.node,
+  // JupyterLab would take arrows and letters for notebook commands: sliders keep their keys
+  const root = h("article", { class: "pnl", "data-role": "panel", "data-lm-suppress-shortcuts": true }, header, controls, training, error, predict.node,
     h("div", { class: "pnl-main" },
       h("section", { class: "pnl-box pnl-stage", "aria-label": "pictures" }, h("div", { class: "pnl-left" }, pictures, keptNote), h("div", { class: "pnl-right" }, plotBox, bars)),
       h("section", { class: "pnl-lower", "aria-label": "figures" }, figures.node, notes)),
@@ -846,7 +868,7 @@ function makePanel(model, el) {
   function makeHeader(spec) {
     const aside = [spec.paper, spec.chapter && `chapter ${spec.chapter}`].filter(Boolean).map((word) => ` · ${word}`).join("");
     const seed = spec.seed && makeSeed(spec.seed, (value) => { send({ type: "seed", value }); ask(); });
-    header.replaceChildren(h("h2", {}, spec.title ?? "", h("span", {}, aside)), busy, h("p", {}, spec.subtitle ?? "", ...(seed ? [" · ", seed] : [])));
+    header.replaceChildren(h("h2", {}, spec.title ?? "", h("span", {}, aside)), busy, tools, h("p", {}, spec.subtitle ?? "", ...(seed ? [" · ", seed] : [])));
     assign(root, { "aria-label": spec.title });
   }
   function makeKnobs(spec, old, values) {
@@ -858,7 +880,8 @@ function makePanel(model, el) {
     // a knob that did not change keeps the hand's position
     turn(Object.fromEntries(Object.entries(values).filter(([name]) => before.has(name) && sameKnob(before.get(name), spec.knobs.find((k) => k.name === name)))));
     if (layer && old.layer && sameKnob(old.layer, spec.layer)) layer.set(state.layer);
-    knobRow.replaceChildren(...[...knobs.values(), layer].filter(Boolean).map((knob) => knob.node));
+    const inOrder = [...knobs.values(), layer].filter(Boolean).map((knob) => knob.node), isSpan = (node) => node.classList.contains("pnl-span");
+    knobRow.replaceChildren(...inOrder.filter(isSpan), ...inOrder.filter((node) => !isSpan(node)));
     if (focused) root.querySelector(`[data-role="${CSS.escape(focused)}"]`)?.focus();
     state.values = read();
   }

@@ -1,0 +1,40 @@
+"""Schedules: how much is kept and how long is trained, stage by stage. Plain values, to be composed with any score.
+
+A schedule is a tuple of stages; ``one_shot(.1, 4) + (Stage(.1, 2),)`` is a schedule too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """Prune to ``keep`` (share of the dense network's units), then train for ``epochs``."""
+
+    keep: float
+    epochs: int
+
+
+Schedule = tuple[Stage, ...]
+
+
+def one_shot(keep: float, epochs: int) -> Schedule:
+    """Prune once, train once."""
+    return (Stage(keep, epochs),)
+
+
+def iterative(keep: float, epochs: int, rounds: int = 4) -> Schedule:
+    """``rounds`` rounds that each keep the same share of what is left, down to ``keep`` (Han et al. 2015); the epochs are shared out evenly."""
+    return _stages([keep ** ((r + 1) / rounds) for r in range(rounds)], epochs)
+
+
+def gradual(keep: float, epochs: int, rounds: int = 8) -> Schedule:
+    """Quick at first and slow at the end: keep_t = keep + (1 - keep)(1 - t)^3 (Zhu & Gupta 2017, To prune, or not to prune)."""
+    return _stages([keep + (1 - keep) * (1 - (r + 1) / rounds) ** 3 for r in range(rounds)], epochs)
+
+
+def _stages(keeps: list[float], epochs: int) -> Schedule:
+    """A stage for each share, the epochs dealt out evenly with what is left over at the end."""
+    rounds = len(keeps)
+    ends = [epochs * (r + 1) // rounds for r in range(rounds)]
+    return tuple(Stage(k, e - s) for k, s, e in zip(keeps, [0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,438 @@
+"""The explorer: a method's knobs beside what they do to a real network, measured while the hand moves.
+
+``explore(method, net=..., data=...)`` makes the panel. A move of a slider shows its picture at once, then an interval for the accuracy, then the exact
+figure, and when the hand rests the file that ``save`` writes and the latency. A newer move cancels what an older one had left to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import html
+import io
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import torch
+import traitlets
+from torch import Tensor, nn
+
+from ..core.apply import Plan, Planner, attach, weighted
+from ..core.inputs import pair_of
+from ..core.knobs import Knob, Span
+from ..core.method import Method, score
+from ..lab.data import Data, load_data
+from ..lab.files import save, sizes
+from ..lab.measure import Row, measure
+from ..lab.zoo import SEEDS, load_net
+from ..methods import find
+from . import cards
+from .live import Estimate, Live
+
+HERE = Path(__file__).parent
+REST = 0.35  # seconds without a move before the slow figures are measured
+SHOWN = 12  # flipped images that are shown
+NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net", "mlp": "64-32-10 net", "cnn": "small CNN"}
+SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "8×8 digits", "cifar10": "CIFAR-10"}
+
+
+@dataclass
+class State:
+    """One position of the knobs: the plan it means, the weights in place, and what has been measured of it so far."""
+
+    knobs: dict[str, Any]
+    plan: Plan
+    weights: dict[str, Tensor]
+    array_bytes: int
+    file_bytes: int
+    estimate: Estimate | None = None
+    accuracy: float | None = None
+    row: Row | None = None
+    worst: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        return sum(p.kept for p in self.plan.values())
+
+    @property
+    def total(self) -> int:
+        return sum(p.mask.numel() for p in self.plan.values())
+
+
+def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", data: Data | str | Any = "mnist", **settings: Any) -> Explorer:
+    """A panel in which ``method`` (a key of the catalogue, a method, or any function with annotated knobs) acts on a trained network.
+
+    ``net`` and ``data`` are names of the kit's, or a module and a pair (images, labels) or data set of your own. ``where`` names the covered layers, ``layer`` the
+    pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells the accuracy there; other keywords are starting values of knobs.
+    """
+    if callable(method) and not isinstance(method, Method):
+        method = score("a function of your own", chapter="-")(method)
+    data = load_data(data) if isinstance(data, str) else data
+    if isinstance(net, str):
+        net = load_net(net, data.name)
+    return Explorer(net, find(method), data, **settings)
+
+
+class Explorer(anywidget.AnyWidget):
+    """The panel that ``explore`` makes; ``move``, ``pin``, ``text``, ``line``, ``path_csv`` do from code what the hand does on the screen."""
+
+    _esm = HERE / "panel.js"
+    _css = HERE / "panel.css"
+    spec = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None, predict: dict[str, Any] | None = None,
+                 published: Sequence[dict[str, Any]] = (), part: str = "validation", title: str | None = None, **knobs: Any) -> None:  # fmt: skip
+        self.method, self.data, self.where, self.part = method, data, where, part
+        self.title, self.predict, self.published = title or method.title, predict, list(published)
+        self.start = method.bind(knobs)
+        self.path: list[State] = []
+        self.pins: list[State] = []
+        self.guesses: list[dict[str, Any]] = []
+        self.seq, self._task, self._training = 0, None, None
+        self._take(net)
+        names = list(self.planner.layers)
+        self.layer = layer or names[0]
+        if self.layer not in names:
+            raise ValueError(f"layer={layer!r} is not covered; the covered layers are {', '.join(names)}")
+        self.state = self.move(**self.start)
+        super().__init__(spec=self._spec())
+        self.on_msg(self._receive)
+
+    def _take(self, net: nn.Module) -> None:
+        """Make ``net`` the network that the panel acts on."""
+        self.net = net
+        self.planner = Planner(net, self.method, where=self.where, data=self.data)
+        self.live = Live(net, self.data, part=self.part)
+        size = sizes_of(net)
+        self.dense_bytes, self.header_bytes = size["file"], size["header"]
+        covered = sum(w.numel() * w.element_size() for w in self.planner.weights.values())
+        self.rest_bytes = size["arrays"] - covered
+        self.dense_row: Row | None = None
+        self.views = {n: cards.LayerView(n, w) for n, w in self.planner.weights.items()}
+        self.maps: dict[str, Tensor | None] = {}
+
+    # what a position of the knobs means -------------------------------------------------------------------------
+
+    def look(self, knobs: dict[str, Any]) -> State:
+        """The plan of these knobs and its size; nothing is measured yet."""
+        plan = self.planner(**knobs)
+        with torch.no_grad():
+            weights = {name: p.dense() for name, p in plan.items()}
+        arrays = self.rest_bytes + sum(p.bits() for p in plan.values()) // 8
+        return State(self.method.bind(knobs), plan, weights, arrays, arrays + self.header_bytes)
+
+    def move(self, **knobs: Any) -> State:
+        """Go to these knobs (the others stay), measure the exact accuracy, and add the point to the path."""
+        before = self.state.knobs if self.path else self.start
+        state = self.look({**before, **knobs})
+        answers = self.live.answers(state.weights)
+        self._finish(state, answers)
+        self.state = state
+        return state
+
+    def _finish(self, state: State, answers: Tensor) -> None:
+        state.accuracy = (answers == self.live.labels).double().mean().item()
+        dense, now = self.live.by_class(self.live.dense), self.live.by_class(answers)
+        order = (now - dense).argsort(stable=True)[:3].tolist()
+        state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
+        self.path.append(state)
+
+    def class_name(self, c: int) -> str:
+        return self.data.classes[c] if isinstance(self.data, Data) else str(c)
+
+    def pictures(self, state: State) -> cards.Cards:
+        """The cards of the pictured layer and the bars of all."""
+        out, name = cards.Cards([], []), self.layer
+        packed, view = state.plan[name], self.views[name]
+        out.add(view.histogram(packed.mask.cpu(), self._cut(state)))
+        view.map(out, packed.mask.cpu())
+        view.strip(out, state.weights[name].cpu())
+        self._feature_maps(out, state)
+        out.add(cards.shares(state.plan))
+        return out
+
+    def _feature_maps(self, out: cards.Cards, state: State) -> None:
+        x = self.live.starts[0][0][:1]
+        if self.layer not in self.maps:
+            self.maps[self.layer] = cards.feature_maps(self.live.model, self.layer, x, {}) if self.views[self.layer].weight.dim() == 4 else None
+        if self.maps[self.layer] is not None:
+            cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(self.live.model, self.layer, x, state.weights))
+
+    def _cut(self, state: State) -> float | None:
+        """The magnitude below which weights of the pictured layer went, where that is what decided."""
+        mask, w = state.plan[self.layer].mask, self.planner.weights[self.layer].abs()
+        if mask.all() or not mask.any():
+            return None
+        lowest, highest = w[mask].min().item(), w[~mask].max().item()
+        return (lowest + highest) / 2 if highest <= lowest else None
+
+    # what is said of it -----------------------------------------------------------------------------------------
+
+    def cells(self, state: State) -> list[list[str]]:
+        """The table: label, dense, now, change."""
+        dense, row, estimate = self.live.accuracy(), state.row, state.estimate
+        known = state.accuracy is not None
+        guess = pct(estimate.accuracy) + f" ±{100 * estimate.half:.1f}" if estimate else ("…" if not known else pct(state.accuracy))
+        points = f"{100 * (state.accuracy - dense):+.2f}".replace("-", "−") if known else "…"
+        adds = f"{row.multiply_adds / 1e3:,.0f} k" if row else "…"
+        return [
+            ["accuracy, estimate", pct(dense), guess, ""],
+            ["accuracy, exact", pct(dense), pct(state.accuracy) if known else "…", points],
+            ["weights kept", f"{state.total:,}", f"{state.kept:,}", times(state.total, state.kept)],
+            ["file on disk", size_text(self.dense_bytes), size_text(state.file_bytes), times(self.dense_bytes, state.file_bytes)],
+            ["multiply-adds", adds, adds, "1.0×" if row else "…"],
+            ["latency, batch 1", f"{row.reference_latency_ms:.2f} ms" if row else "…", f"{row.latency_ms:.2f} ms" if row else "…", times(row.reference_latency_ms, row.latency_ms) if row else "at rest"],
+        ]  # fmt: skip
+
+    def notes(self, state: State) -> list[dict[str, str]]:
+        """What the figures mean, and why some did not move."""
+        empty = [n for n, p in state.plan.items() if p.kept == 0]
+        found = [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight, so the network answers the same for every image.")] if empty else []
+        formats = {p.format() for p in state.plan.values()}
+        values = sum(p.kept for p in state.plan.values()) * 4
+        index = max(0, state.array_bytes - self.rest_bytes - values)
+        title = f"{times(state.total, state.kept)} fewer weights, {times(self.dense_bytes, state.file_bytes)} smaller file."
+        if state.kept == state.total:
+            text = "Every weight stays: nothing is compressed here."
+        elif formats == {"dense"}:
+            text = "Stored dense: the zeros are written like any other value."
+        else:
+            text = f"Each kept weight also stores where it sits ({', '.join(sorted(formats))}): {8 * index / max(1, state.kept):.1f} bits of index beside 32 of value."
+        found.append(note("info", title, text))
+        found.append(note("warn", "Why did the multiply-adds not move?", "The mask sits in a dense matrix: the zeros are still multiplied."))
+        return found
+
+    def point(self, state: State) -> dict[str, Any]:
+        found = {"bytes": state.file_bytes, "label": size_text(state.file_bytes)}
+        if state.accuracy is not None:
+            found["accuracy"] = state.accuracy
+        elif state.estimate:
+            found.update(accuracy=state.estimate.accuracy, half=state.estimate.half)
+        return found
+
+    def line(self, state: State | None = None) -> str:
+        """The call that makes the state shown, from nothing."""
+        state = state or self.state
+        source = getattr(self.net, "source", None)
+        net = f'load_net("{source["net"]}", "{source["data"]}", seed={source["seed"]})' if source else "net"
+        changed = {n: v for n, v in state.knobs.items() if v != self.method.knobs[n].default or n == next(iter(state.knobs))}
+        where = [f"where={self.where!r}"] if self.where != "*" else []
+        asks = [f'data=load_data("{self.data.name}")' if isinstance(self.data, Data) else "data=data"] if set(self.method.asks) - {"w", "training"} else []
+        knobs = [f"{n}={round(v, 6) if isinstance(v, float) else v!r}" for n, v in changed.items()]
+        return f'compress({", ".join([net, repr(self.method.key), *where, *asks, *knobs])})'
+
+    def text(self, state: State | None = None) -> str:
+        """The panel as plain text: the same figures for reading aloud, printing and grading."""
+        state = state or self.state
+        rows = [["", "dense", "now", "change"], *self.cells(state)]
+        rows += [[f"kept in {n}", f"{p.mask.numel():,}", f"{p.kept:,}", pct(p.kept / p.mask.numel())] for n, p in state.plan.items()]
+        rows += [[f"class {w['label']}", pct(w["dense"]), pct(w["now"]), f"{100 * (w['now'] - w['dense']):+.1f}"] for w in state.worst]
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        body = "\n".join("  ".join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, widths, strict=True))) for r in rows)
+        return f"{self.title} · {self.method.paper}\n{self.subtitle()}\n{body}\n{self.line(state)}"
+
+    def path_csv(self) -> str:
+        """The path walked, one line a state: its knobs, weights kept, bytes on disk, accuracy."""
+        out = io.StringIO()
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow([*self.method.knobs, "weights_kept", "file_bytes", "accuracy"])
+        table.writerows([*s.knobs.values(), s.kept, s.file_bytes, s.accuracy] for s in self.path)
+        return out.getvalue()
+
+    def subtitle(self) -> str:
+        source = getattr(self.net, "source", None)
+        name = f"{NETS[source['net']]} on {SETS[source['data']]} · seed {source['seed']}" if source else f"{type(self.net).__name__} of your own"
+        return f"{name} · {len(self.live.labels):,} {self.part} images · nothing here is replayed: the knobs act on the network"
+
+    def _spec(self) -> dict[str, Any]:
+        source = getattr(self.net, "source", None)
+        return {
+            "title": self.title, "paper": self.method.paper, "chapter": self.method.chapter, "subtitle": self.subtitle(),
+            "knobs": [knob_spec(self.method.knobs[n], v) for n, v in self.start.items() if v is not None],
+            "layer": {"choices": list(self.planner.layers), "value": self.layer, "label": "pictured layer"},
+            "seed": {"choices": list(SEEDS), "value": source["seed"]} if source else None,
+            "dense": {"accuracy": self.live.accuracy(), "bytes": self.dense_bytes},
+            "published": self.published, "line": self.line(),
+            "walked": [self.point(s) for s in self.path],
+            "predict": {"question": f"What accuracy will be left at {', '.join(f'{k} = {v}' for k, v in self.predict.items())}?", "at": self.predict} if self.predict else None,
+            "train": {"label": "retrain", "title": "train what is left for one epoch, in a process of its own"} if source else None,
+        }  # fmt: skip
+
+    # the conversation with the browser --------------------------------------------------------------------------
+
+    def _receive(self, _: Any, message: dict[str, Any], __: list[bytes]) -> None:
+        """A message from the browser. What goes wrong is shown in the panel, and the sliders stay alive."""
+        answers = {"ready": self._on_ready, "move": self._on_move, "pin": self._on_pin, "unpin": self._on_unpin, "guess": self._on_guess,
+                   "seed": self._on_seed, "clear": self._on_clear, "train": self._on_train, "stop": self._on_stop}  # fmt: skip
+        try:
+            answers[message["type"]](message)
+        except Exception as error:  # whatever it is, the learner sees it and can go on
+            self.send({"type": "error", "seq": message.get("seq", self.seq), "message": f"{type(error).__name__}: {error}"})
+
+    def _on_ready(self, _: dict[str, Any]) -> None:
+        self._picture(self.state)
+        self.send({"type": "exact", "seq": self.seq, **self._exact(self.state)}, [b""])
+        self._later(self._rest(self.state))
+
+    def _on_move(self, message: dict[str, Any]) -> None:
+        self.seq = message["seq"]
+        self.layer = message.get("layer", self.layer)
+        self.state = self.look({**self.start, **self._typed(message["knobs"])})
+        self._picture(self.state)
+        self._later(self._measure(self.seq, self.state))
+
+    def _typed(self, knobs: dict[str, Any]) -> dict[str, Any]:
+        whole = {n for n, k in self.method.knobs.items() if isinstance(k.span, Span) and k.span.integer}
+        return {n: int(v) if n in whole else v for n, v in knobs.items()}
+
+    def _picture(self, state: State) -> None:
+        found = self.pictures(state)
+        self.send({"type": "picture", "seq": self.seq, "cards": found.cards, "point": self.point(state) if state.accuracy is None else
+                   {"bytes": state.file_bytes, "label": size_text(state.file_bytes)}, "cells": self.cells(state), "notes": self.notes(state)}, found.buffers)  # fmt: skip
+        self.send({"type": "line", "seq": self.seq, "line": self.line(state)})
+
+    def _later(self, work: AsyncIterator | Any) -> None:
+        """Start slow work in the kernel's own loop, in place of the work before it."""
+        if self._task is not None:
+            self._task.cancel()
+        try:
+            self._task = asyncio.get_running_loop().create_task(work)
+        except RuntimeError:  # no loop runs (a script, a test): do it now
+            self._task = None
+            asyncio.run(work)
+
+    async def _measure(self, seq: int, state: State) -> None:
+        shown = 1.0
+        try:
+            for estimate, answers in self.live.estimates(state.weights):
+                for _ in range(4):  # let the kernel take a newer move, which cancels this
+                    await asyncio.sleep(0)
+                if estimate and not estimate.exact and estimate.half < 0.7 * shown:
+                    state.estimate, shown = estimate, estimate.half
+                    text = f"{pct(estimate.accuracy, 1)} ±{100 * estimate.half:.1f}"
+                    self.send({"type": "estimate", "seq": seq, "accuracy": estimate.accuracy, "half": estimate.half, "images": estimate.done,
+                               "text": text, "cells": self.cells(state), "point": self.point(state)})  # fmt: skip
+            self._finish(state, answers)
+            flips, picture = self._flips(answers)
+            self.send({"type": "exact", "seq": seq, **self._exact(state), "flips": flips}, [picture])
+            await asyncio.sleep(REST)
+            await self._rest(state, seq)
+        except Exception as error:
+            self.send({"type": "error", "seq": seq, "message": f"{type(error).__name__}: {error}"})
+
+    def _exact(self, state: State) -> dict[str, Any]:
+        return {"accuracy": state.accuracy, "text": pct(state.accuracy), "cells": self.cells(state), "notes": self.notes(state),
+                "point": self.point(state), "worst": state.worst}  # fmt: skip
+
+    def _flips(self, answers: Tensor) -> tuple[dict[str, Any], bytes]:
+        """The images whose answer just changed from right to wrong against the dense network."""
+        labels, dense = self.live.labels, self.live.dense
+        lost = ((dense == labels) & (answers != labels)).nonzero().flatten()
+        gained = int(((dense != labels) & (answers == labels)).sum())
+        images = self.live.images[lost[:SHOWN], :1]
+        pictures = (images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).to(torch.uint8)).cpu()
+        names = [{"truth": self.class_name(int(labels[i])), "before": self.class_name(int(dense[i])), "after": self.class_name(int(answers[i]))} for i in lost[:SHOWN]]
+        caption = f"{len(lost):,} images right before and wrong now; {gained:,} the other way"
+        h, w = (pictures.shape[-2], pictures.shape[-1])
+        return {"n": len(names), "w": w, "h": h, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
+
+    async def _rest(self, state: State, seq: int | None = None) -> None:
+        """What takes too long for a moving hand: the file that ``save`` writes, the latency beside the dense network's."""
+        model = self.model(state)
+        state.row = measure(model, reference=self.net, data=None, rounds=15)
+        state.file_bytes = state.row.file_bytes
+        self.send({"type": "rest", "seq": self.seq if seq is None else seq, "cells": self.cells(state), "notes": self.notes(state) + [note("info", "", t) for t in state.row.explain()[:2]]})
+
+    def model(self, state: State | None = None) -> nn.Module:
+        """A copy of the network with the state's plan attached: what ``line`` would make."""
+        state = state or self.state
+        copy = deepcopy(self.net)
+        for name, packed in state.plan.items():
+            attach(copy.get_submodule(name), packed, self.method, state.knobs)
+        return copy
+
+    def _on_pin(self, _: dict[str, Any]) -> None:
+        self.pin()
+
+    def pin(self) -> None:
+        """Keep the state shown for comparison; the two newest stay."""
+        self.pins = [*self.pins, self.state][-2:]
+        self._show_pins()
+
+    def _on_unpin(self, _: dict[str, Any]) -> None:
+        self.pins = []
+        self._show_pins()
+
+    def _show_pins(self) -> None:
+        pins = [{"label": "AB"[i], "cells": [[c[0], c[2]] for c in self.cells(s)], "line": self.line(s), "point": self.point(s)} for i, s in enumerate(self.pins)]
+        self.send({"type": "pinned", "pins": pins})
+
+    def _on_guess(self, message: dict[str, Any]) -> None:
+        at = self.predict or message.get("knobs", {})
+        actual = self.live.accuracy(self.look({**self.start, **at}).weights)
+        self.guesses.append({"at": at, "guess": message["value"], "actual": actual})
+        off = 100 * (message["value"] - actual)
+        text = f"You said {pct(message['value'], 0)}; measured {pct(actual, 1)}: " + ("spot on." if abs(off) < 1 else f"{abs(off):.0f} points too {'high' if off > 0 else 'low'}.")
+        self.send({"type": "guess", "value": message["value"], "actual": actual, "text": text})
+
+    def _on_seed(self, message: dict[str, Any]) -> None:
+        source = self.net.source
+        self._take(load_net(source["net"], source["data"], int(message["value"])))
+        self.path.clear()
+        self.state = self.move(**self.state.knobs)
+        self.spec = self._spec()
+        self._on_ready({})
+
+    def _on_clear(self, _: dict[str, Any]) -> None:
+        self.path.clear()
+
+    def _on_train(self, _: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _on_stop(self, _: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and beside it the text twin for pages where no widget runs."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        twin = self.text()
+        return {**data, "text/plain": twin, "text/html": f'<pre role="img" aria-label="the panel as text">{html.escape(twin)}</pre>'}, metadata
+
+
+def note(tone: str, title: str, text: str) -> dict[str, str]:
+    return {"tone": tone, "title": title, "text": text}
+
+
+def knob_spec(knob: Knob, value: Any) -> dict[str, Any]:
+    """A knob as the browser sees it."""
+    labels = {"keep": "keep, share of weights", "lam": "λ, strength of the penalty"}
+    found = {"name": knob.name, "label": labels.get(knob.name, knob.name.replace("_", " ")), "value": value}
+    if isinstance(knob.span, Span):
+        return {**found, "kind": "span", "lo": knob.span.lo, "hi": knob.span.hi, "log": knob.span.log, "integer": knob.span.integer}
+    return {**found, "kind": "pick", "choices": list(knob.span.choices)}
+
+
+def sizes_of(model: nn.Module) -> dict[str, Any]:
+    """Bytes of the file that ``save`` writes for a model: in all, its header, its arrays."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.cml"
+        save(model, path)
+        return sizes(path)
+
+
+def pct(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def times(before: float, after: float) -> str:
+    return f"{before / after:.1f}×" if after else "∞"
+
+
+def size_text(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 10e6 else f"{count / 1e3:,.0f} kB" if count >= 10e3 else f"{count / 1e3:,.1f} kB"

@@ -1,0 +1,113 @@
+"""Accuracy while the hand still moves: an interval from a stratified sample first, the exact figure when all images are through.
+
+One pass does both. The images stand in an order whose every prefix is stratified, so the first of them are the sample and the rest complete the
+count; nothing is computed twice, and between batches a newer move can take over. What lies before the first changed layer is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..core.apply import baked
+from ..core.inputs import as_input, device_of, pair_of, stratified
+
+HALF_WIDTH = 0.02  # an estimate is shown once its interval is at most this wide to either side
+FIRST = 250  # images before the first look
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The middle and half-width of the interval for the accuracy on all ``total`` images, from ``done`` of them."""
+
+    accuracy: float
+    half: float
+    done: int
+    total: int
+
+    @property
+    def exact(self) -> bool:
+        return self.done == self.total
+
+
+def interval(correct: int, done: int, total: int, z: float = Z95) -> Estimate:
+    """Wilson's 95 % interval for the share correct among ``total`` images after ``done`` drawn without replacement.
+
+    The finite population enters as more effective draws, done (total - 1) / (total - done); with all images done it is the figure itself.
+    """
+    if done == total:
+        return Estimate(correct / total, 0.0, done, total)
+    n, p = done * (total - 1) / (total - done), correct / done
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Estimate(middle, half, done, total)
+
+
+class Live:
+    """A trained network and its validation images, ready to be asked again and again with other weights.
+
+    The model is never copied on a question: weights are put in its place for the length of a call.
+    """
+
+    def __init__(self, model: nn.Module, data: Any, *, batch: int = 125, part: str = "validation") -> None:
+        self.model = baked(model)
+        images, labels = pair_of(data, part)
+        self.order = stratified(labels, len(labels))
+        self.images, self.labels = images[self.order], labels[self.order]
+        device = device_of(model)
+        x = as_input(self.images)
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        self.starts: dict[int, list[Tensor]] = {0: list(x.to(device).split(batch))}
+        self.stages = list(self.model.named_children()) if isinstance(self.model, nn.Sequential) else []
+        self.dense = self.answers({})
+
+    def tail(self, weights: dict[str, Tensor]) -> tuple[nn.Module, list[Tensor]]:
+        """The part of the network from the first changed layer on, and the kept activations that go into it."""
+        names = {name.split(".")[0] for name in weights}
+        first = next((i for i, (name, _) in enumerate(self.stages) if name in names), 0)
+        if first not in self.starts:
+            head = nn.Sequential(OrderedDict(self.stages[:first]))
+            with torch.no_grad():
+                self.starts[first] = [head(x) for x in self.starts[0]]
+        return (nn.Sequential(OrderedDict(self.stages[first:])) if first else self.model), self.starts[first]
+
+    def batches(self, weights: dict[str, Tensor]) -> Iterator[Tensor]:
+        """The answers (classes) of the network with ``weights`` ({layer: its weight}) in place, a batch of images at a time."""
+        model, inputs = self.tail(weights)
+        model.eval()
+        parameters = {f"{layer}.weight": w for layer, w in weights.items()}
+        for x in inputs:
+            with torch.no_grad():
+                yield functional_call(model, parameters, (x,)).argmax(1).cpu()
+
+    def answers(self, weights: dict[str, Tensor]) -> Tensor:
+        return torch.cat(list(self.batches(weights)))
+
+    def estimates(self, weights: dict[str, Tensor]) -> Iterator[tuple[Estimate | None, Tensor]]:
+        """After each batch: the estimate, or None while it is too wide to show, and the answers so far. The last is exact."""
+        answers: list[Tensor] = []
+        done = correct = 0
+        for part in self.batches(weights):
+            answers.append(part)
+            correct += int((part == self.labels[done : done + len(part)]).sum())
+            done += len(part)
+            now = interval(correct, done, len(self.labels))
+            yield (now if now.exact or (done >= FIRST and now.half <= HALF_WIDTH) else None), torch.cat(answers) if now.exact else part
+
+    def accuracy(self, weights: dict[str, Tensor] | None = None) -> float:
+        """The exact accuracy, in [0, 1]."""
+        answers = self.dense if weights is None else self.answers(weights)
+        return (answers == self.labels).double().mean().item()
+
+    def by_class(self, answers: Tensor) -> Tensor:
+        """Accuracy of each class."""
+        hits = torch.bincount(self.labels[answers == self.labels], minlength=int(self.labels.max()) + 1)
+        return hits / torch.bincount(self.labels)
