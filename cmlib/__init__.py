@@ -19,7 +19,7 @@ _PLACES = {
     "save": "lab.files", "load": "lab.files", "FileError": "lab.files",
     "load_data": "lab.data", "DataError": "lab.data", "Data": "lab.data",
     "load_net": "lab.zoo", "build": "lab.zoo", "NetError": "lab.zoo",
-    "explore": "view.explorer",
+    "explore": "view.explorer", "predict_first": "view.quiz", "browse": "view.browse", "methods_table": "view.browse", "installed": "view.browse",
     "one_shot": "core.schedule", "iterative": "core.schedule", "gradual": "core.schedule",
     "score": "core.method", "Keep": "core.knobs", "Span": "core.knobs", "Pick": "core.knobs", "Masked": "core.packed", "select": "core.select",
 }  # fmt: skip

@@ -264,6 +264,53 @@ def test_a_run_that_breaks_off_fails_the_whole(tmp_path):
     assert tally.summary(3.2) == "cmlib test: 0 passed, 0 skipped, 0 failed, broken off: notebooks (exit status 4) in 3 s"
 
 
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The runs of pytest that ``test`` would make in a project with one test of each sort."""
+    for name in ("notebooks/a.ipynb", "tests/browser/test_a.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    made = []
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    monkeypatch.setattr(house, "environment", lambda: Path("python"))
+    monkeypatch.setattr(Tally, "pytest", lambda self, python, name, *args, **env: made.append((name, " ".join(args))))
+    return made
+
+
+def test_all_tests_are_three_runs(runs, monkeypatch, capsys):
+    monkeypatch.setattr(house, "chromium", lambda python: "chromium")
+    assert house.main(["test"]) == 0
+    workers = "-n 2 --dist loadfile"
+    assert runs == [
+        ("tests", f"--ignore=tests/browser {workers}"),
+        ("notebooks", f"--nbval-lax --nbval-cell-timeout=120 {workers} notebooks"),
+        ("browser", "-n 0 tests/browser"),
+    ]
+    assert capsys.readouterr().out == "cmlib test: 0 passed, 0 skipped, 0 failed in 0 s\n"
+
+
+def test_without_chromium_one_line_says_what_is_left_out(runs, monkeypatch, capsys):
+    monkeypatch.setattr(house, "chromium", lambda python: "")
+    house.main(["test"])
+    left_out, last = capsys.readouterr().out.splitlines()
+    assert "left out: tests/browser" in left_out and "apt install chromium" in left_out and last.startswith("cmlib test:")
+    assert [name for name, _ in runs] == ["tests", "notebooks"]
+
+
+def test_arguments_go_to_pytest_alone(runs):
+    house.main(["test", "tests/test_house.py", "-x"])
+    assert runs == [("tests", "-n 2 --dist loadfile tests/test_house.py -x")]
+
+
+def test_chromium_is_looked_for(monkeypatch):
+    monkeypatch.delenv("CMLIB_CHROMIUM", raising=False)
+    monkeypatch.setattr(install.shutil, "which", lambda name: "/bin/found" if name == "google-chrome" else None)
+    assert install.chromium(Path("python")) == "/bin/found"
+    monkeypatch.setenv("CMLIB_CHROMIUM", "/no/such/browser")
+    with pytest.raises(HouseError, match="CMLIB_CHROMIUM=/no/such/browser: no such program"):
+        install.chromium(Path("python"))
+
+
 def test_durations_read_well():
     assert [duration(s) for s in (0.4, 59.6, 61)] == ["0 s", "1 min 0 s", "1 min 1 s"]
 

@@ -75,7 +75,7 @@ class Planner:
     def __init__(self, model: nn.Module, method: Method, *, where: str = "*", data: Any = None, loss: Loss = F.cross_entropy, samples: int = 512):
         self.method, self.layers = method, covered(model, where)
         self.previous = plan_of(model)
-        self.weights = {name: layer.weight.detach() for name, layer in self.layers.items()}
+        self.weights = {n: self.previous[n].dense() if n in self.previous else layer.weight.detach() for n, layer in self.layers.items()}
         _check_finite(self.weights)
         self._given = self._gather(model, data, loss, samples)
         self._scores: tuple[Any, Masks] | None = None
@@ -101,7 +101,8 @@ class Planner:
 
     def _masks(self, knobs: dict[str, Any]) -> Masks:
         ranking = self.ranking(**knobs)
-        return ranking.at(knobs["keep"]) if knobs["threshold"] is None else ranking.above(knobs["threshold"])
+        masks = ranking.at(knobs["keep"]) if knobs["threshold"] is None else ranking.above(knobs["threshold"])
+        return {n: m & self.previous[n].mask if n in self.previous else m for n, m in masks.items()}
 
     def _values(self, name: str, masks: Masks, knobs: dict[str, Any]) -> Tensor:
         """The weights that stay: as they are, or rewritten by the method's repair."""
@@ -126,7 +127,7 @@ class Planner:
         return {n: call(self.method.fn, g, own).expand_as(self.weights[n]) for n, g in self._given.items()}
 
     def _still_removed(self, scores: dict[str, Tensor], unit: str) -> dict[str, Tensor]:
-        """What an earlier plan removed counts for nothing, so it goes first."""
+        """What an earlier plan removed counts for nothing, so it goes first (and stays away: see ``_masks``)."""
         least = -torch.inf if unit == "weight" else 0.0
         return {n: s.masked_fill(~self.previous[n].mask, least) if n in self.previous else s for n, s in scores.items()}
 
@@ -148,7 +149,8 @@ def gather(model: nn.Module, layers: dict[str, nn.Module], name: str, data: Any,
     x, y = (t.to(device_of(model)) for t in sample(data, samples))
     modes = [(m, m.training) for m in model.modules()]
     try:
-        return {n: v.detach() for n, v in PROVIDERS[name](model.eval(), layers, as_input(x), y, loss).items()}
+        with parametrize.cached():  # an attached layer's weight is one tensor, the same for the forward pass and its gradient
+            return {n: v.detach() for n, v in PROVIDERS[name](model.eval(), layers, as_input(x), y, loss).items()}
     finally:
         for module, mode in modes:
             module.training = mode
@@ -204,14 +206,14 @@ class Attached(nn.Module):
     def content(self) -> State:
         return {**self.rest, **dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
 
-    def packed(self, w: Tensor) -> Packed:
+    def packed(self, w: Tensor, training: bool = False) -> Packed:
         """The packed value that stands for latent weight ``w`` now."""
         if self.method is None:
             return self.kind(values=w, **self.content())
-        return call(self.method.fn, {"w": w, "training": self.training}, {**self.knobs, "state": self.content()})
+        return call(self.method.fn, {"w": w, "training": training}, {**self.knobs, "state": self.content()})
 
     def forward(self, w: Tensor) -> Tensor:
-        packed = self.packed(w)
+        packed = self.packed(w, self.training)
         if self.method is not None and self.training:
             self._remember(packed.state)
         return packed.through(packed.values)
@@ -247,10 +249,11 @@ def plan_of(model: nn.Module) -> Plan:
 def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
     """Put ``packed`` between a layer and its weight, in place of whatever stood there; the layer is changed."""
     detach(layer)
-    with torch.no_grad():
-        layer.weight.copy_(packed.values.to(layer.weight))
     between = Attached(packed, method, knobs).to(layer.weight.device)
     between.training = layer.training
+    if between.method is None:  # a method that learns works its values out of the layer's own weight, again and again
+        with torch.no_grad():
+            layer.weight.copy_(packed.values.to(layer.weight))
     parametrize.register_parametrization(layer, "weight", between, unsafe=True)
     if between.method is not None and between.method.training.variance is not None:
         layer.register_forward_hook(local_reparametrization)
@@ -259,6 +262,9 @@ def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs
 def detach(layer: nn.Module) -> None:
     """Make the weight that the layer computes with its plain parameter again."""
     if parametrize.is_parametrized(layer, "weight"):
+        layer.parametrizations.eval()
+        cls = type(layer)  # torch takes the weight off the class, which a deep copy shares with its original
+        layer.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
         for key in [k for k, hook in layer._forward_hooks.items() if hook is local_reparametrization]:
             del layer._forward_hooks[key]
@@ -314,7 +320,7 @@ def penalty(model: nn.Module, examples: int, progress: float) -> Tensor | float:
     """The sum of what attached methods add to the task's mean loss."""
     available = {"examples": examples, "progress": progress}
     terms = [
-        call(a.method.training.penalty, {**available, "packed": a.packed(latent(layer))}, a.knobs)
+        call(a.method.training.penalty, {**available, "packed": a.packed(latent(layer), a.training)}, a.knobs)
         for _, layer, a in attached(model)
         if a.method is not None and a.method.training.penalty
     ]

@@ -90,7 +90,12 @@ PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in (grad, h
 def _watched(layers: Layers) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Each layer's (input, output) of the forward passes inside the block."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = [m.register_forward_hook(lambda _, i, o, n=n: seen.__setitem__(n, (i[0].detach(), o))) for n, m in layers.items()]
+
+    def note(name: str, a: Tensor, out: Tensor) -> Tensor:
+        seen[name] = a.detach(), out
+        return out.clone()  # what follows may overwrite it, as nn.ReLU(inplace=True) does
+
+    handles = [m.register_forward_hook(lambda _, i, o, n=n: note(n, i[0], o)) for n, m in layers.items()]
     try:
         yield seen
     finally:

@@ -35,7 +35,7 @@ def lab(args: list[str]) -> int:
     options = server_options(lab, args)
     python, port = environment(), choose_port(options.port, 8888)
     command = [
-        python, "-W", "ignore::DeprecationWarning", "-m", "jupyterlab", "--log-level=WARN", "--LabApp.log_level=WARN",
+        python, "-m", "jupyterlab", "--log-level=WARN", "--LabApp.log_level=WARN",
         f"--ip={LOOPBACK}", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={ROOT}",
         "--ServerApp.answer_yes=True", f"--LabApp.default_url=/lab/tree/{START}", "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",

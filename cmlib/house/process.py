@@ -36,12 +36,12 @@ def running(command: Sequence[str | Path], **env: str) -> Iterator[subprocess.Po
     try:
         yield child
     except KeyboardInterrupt:  # the terminal interrupted the child as well: let it clear up
-        _wait(child, 10)
+        _wait(child, 5)
         raise
     finally:
         if child.poll() is None:
             child.terminate()
-            _wait(child, 10)
+            _wait(child, 5)
         if child.poll() is None:
             child.kill()
             child.wait()

@@ -110,7 +110,7 @@ def energy(costs: pd.DataFrame, number: str = "fp32", weights: str = "DRAM", act
     })  # fmt: skip
 
 
-def milliseconds(*calls: Callable[[], object], repeats: int = 50, warmup: int = 3, seconds: float = 2.0) -> np.ndarray:
+def milliseconds(*calls: Callable[[], object], repeats: int = 50, warmup: int = 3, seconds: float = 1.0) -> np.ndarray:
     """Times of each call, array (calls, repeats), after ``warmup`` rounds; the calls take turns, so that a slow moment of the
     machine meets them all. Fewer repeats (5 at least) where the whole would take longer than ``seconds``."""
     for _ in range(warmup):

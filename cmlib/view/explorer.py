@@ -13,7 +13,6 @@ import io
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +21,24 @@ import torch
 import traitlets
 from torch import Tensor, nn
 
-from ..core.apply import Plan, Planner, attach, weighted
-from ..core.inputs import pair_of
-from ..core.knobs import Knob, Span
+from ..core.apply import Planner, attach
+from ..core.knobs import Span
 from ..core.method import Method, score
+from ..lab.child import Child
 from ..lab.data import Data, load_data
 from ..lab.files import save, sizes
-from ..lab.measure import Row, measure
+from ..lab.measure import measure
 from ..lab.zoo import SEEDS, load_net
 from ..methods import find
-from . import cards
-from .live import Estimate, Live
+from . import cards, words
+from .live import Live
+from .words import Dense, State
 
 HERE = Path(__file__).parent
 REST = 0.35  # seconds without a move before the slow figures are measured
 SHOWN = 12  # flipped images that are shown
 NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net", "mlp": "64-32-10 net", "cnn": "small CNN"}
 SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "8×8 digits", "cifar10": "CIFAR-10"}
-
-
-@dataclass
-class State:
-    """One position of the knobs: the plan it means, the weights in place, and what has been measured of it so far."""
-
-    knobs: dict[str, Any]
-    plan: Plan
-    weights: dict[str, Tensor]
-    array_bytes: int
-    file_bytes: int
-    estimate: Estimate | None = None
-    accuracy: float | None = None
-    row: Row | None = None
-    worst: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def kept(self) -> int:
-        return sum(p.kept for p in self.plan.values())
-
-    @property
-    def total(self) -> int:
-        return sum(p.mask.numel() for p in self.plan.values())
 
 
 def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", data: Data | str | Any = "mnist", **settings: Any) -> Explorer:
@@ -93,7 +70,8 @@ class Explorer(anywidget.AnyWidget):
         self.path: list[State] = []
         self.pins: list[State] = []
         self.guesses: list[dict[str, Any]] = []
-        self.seq, self._task, self._training = 0, None, None
+        self.trained: list[dict[str, Any]] = []
+        self.seq, self._task, self._training, self._child = 0, None, None, None
         self._take(net)
         names = list(self.planner.layers)
         self.layer = layer or names[0]
@@ -109,10 +87,10 @@ class Explorer(anywidget.AnyWidget):
         self.planner = Planner(net, self.method, where=self.where, data=self.data)
         self.live = Live(net, self.data, part=self.part)
         size = sizes_of(net)
-        self.dense_bytes, self.header_bytes = size["file"], size["header"]
-        covered = sum(w.numel() * w.element_size() for w in self.planner.weights.values())
+        self.header_bytes = size["header"]
+        self.dense = Dense(self.live.accuracy(), size["file"])
+        covered = sum(size["layers"].get(n, w.numel() * w.element_size()) for n, w in self.planner.weights.items())
         self.rest_bytes = size["arrays"] - covered
-        self.dense_row: Row | None = None
         self.views = {n: cards.LayerView(n, w) for n, w in self.planner.weights.items()}
         self.maps: dict[str, Tensor | None] = {}
 
@@ -124,7 +102,7 @@ class Explorer(anywidget.AnyWidget):
         with torch.no_grad():
             weights = {name: p.dense() for name, p in plan.items()}
         arrays = self.rest_bytes + sum(p.bits() for p in plan.values()) // 8
-        return State(self.method.bind(knobs), plan, weights, arrays, arrays + self.header_bytes)
+        return State(self.method.bind(knobs), plan, weights, arrays - self.rest_bytes, arrays + self.header_bytes)
 
     def move(self, **knobs: Any) -> State:
         """Go to these knobs (the others stay), measure the exact accuracy, and add the point to the path."""
@@ -175,45 +153,11 @@ class Explorer(anywidget.AnyWidget):
 
     def cells(self, state: State) -> list[list[str]]:
         """The table: label, dense, now, change."""
-        dense, row, estimate = self.live.accuracy(), state.row, state.estimate
-        known = state.accuracy is not None
-        guess = pct(estimate.accuracy) + f" ±{100 * estimate.half:.1f}" if estimate else ("…" if not known else pct(state.accuracy))
-        points = f"{100 * (state.accuracy - dense):+.2f}".replace("-", "−") if known else "…"
-        adds = f"{row.multiply_adds / 1e3:,.0f} k" if row else "…"
-        return [
-            ["accuracy, estimate", pct(dense), guess, ""],
-            ["accuracy, exact", pct(dense), pct(state.accuracy) if known else "…", points],
-            ["weights kept", f"{state.total:,}", f"{state.kept:,}", times(state.total, state.kept)],
-            ["file on disk", size_text(self.dense_bytes), size_text(state.file_bytes), times(self.dense_bytes, state.file_bytes)],
-            ["multiply-adds", adds, adds, "1.0×" if row else "…"],
-            ["latency, batch 1", f"{row.reference_latency_ms:.2f} ms" if row else "…", f"{row.latency_ms:.2f} ms" if row else "…", times(row.reference_latency_ms, row.latency_ms) if row else "at rest"],
-        ]  # fmt: skip
+        return words.cells(state, self.dense)
 
     def notes(self, state: State) -> list[dict[str, str]]:
         """What the figures mean, and why some did not move."""
-        empty = [n for n, p in state.plan.items() if p.kept == 0]
-        found = [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight, so the network answers the same for every image.")] if empty else []
-        formats = {p.format() for p in state.plan.values()}
-        values = sum(p.kept for p in state.plan.values()) * 4
-        index = max(0, state.array_bytes - self.rest_bytes - values)
-        title = f"{times(state.total, state.kept)} fewer weights, {times(self.dense_bytes, state.file_bytes)} smaller file."
-        if state.kept == state.total:
-            text = "Every weight stays: nothing is compressed here."
-        elif formats == {"dense"}:
-            text = "Stored dense: the zeros are written like any other value."
-        else:
-            text = f"Each kept weight also stores where it sits ({', '.join(sorted(formats))}): {8 * index / max(1, state.kept):.1f} bits of index beside 32 of value."
-        found.append(note("info", title, text))
-        found.append(note("warn", "Why did the multiply-adds not move?", "The mask sits in a dense matrix: the zeros are still multiplied."))
-        return found
-
-    def point(self, state: State) -> dict[str, Any]:
-        found = {"bytes": state.file_bytes, "label": size_text(state.file_bytes)}
-        if state.accuracy is not None:
-            found["accuracy"] = state.accuracy
-        elif state.estimate:
-            found.update(accuracy=state.estimate.accuracy, half=state.estimate.half)
-        return found
+        return words.notes(state, self.dense)
 
     def line(self, state: State | None = None) -> str:
         """The call that makes the state shown, from nothing."""
@@ -230,8 +174,8 @@ class Explorer(anywidget.AnyWidget):
         """The panel as plain text: the same figures for reading aloud, printing and grading."""
         state = state or self.state
         rows = [["", "dense", "now", "change"], *self.cells(state)]
-        rows += [[f"kept in {n}", f"{p.mask.numel():,}", f"{p.kept:,}", pct(p.kept / p.mask.numel())] for n, p in state.plan.items()]
-        rows += [[f"class {w['label']}", pct(w["dense"]), pct(w["now"]), f"{100 * (w['now'] - w['dense']):+.1f}"] for w in state.worst]
+        rows += [[f"kept in {n}", f"{p.mask.numel():,}", f"{p.kept:,}", words.pct(p.kept / p.mask.numel())] for n, p in state.plan.items()]
+        rows += [[f"class {w['label']}", words.pct(w["dense"]), words.pct(w["now"]), f"{100 * (w['now'] - w['dense']):+.1f}"] for w in state.worst]
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
         body = "\n".join("  ".join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, widths, strict=True))) for r in rows)
         return f"{self.title} · {self.method.paper}\n{self.subtitle()}\n{body}\n{self.line(state)}"
@@ -253,12 +197,12 @@ class Explorer(anywidget.AnyWidget):
         source = getattr(self.net, "source", None)
         return {
             "title": self.title, "paper": self.method.paper, "chapter": self.method.chapter, "subtitle": self.subtitle(),
-            "knobs": [knob_spec(self.method.knobs[n], v) for n, v in self.start.items() if v is not None],
+            "knobs": [words.knob_spec(self.method.knobs[n], v) for n, v in self.start.items() if v is not None],
             "layer": {"choices": list(self.planner.layers), "value": self.layer, "label": "pictured layer"},
             "seed": {"choices": list(SEEDS), "value": source["seed"]} if source else None,
-            "dense": {"accuracy": self.live.accuracy(), "bytes": self.dense_bytes},
+            "dense": {"accuracy": self.live.accuracy(), "bytes": self.dense.file_bytes},
             "published": self.published, "line": self.line(),
-            "walked": [self.point(s) for s in self.path],
+            "walked": [words.point(s) for s in self.path],
             "predict": {"question": f"What accuracy will be left at {', '.join(f'{k} = {v}' for k, v in self.predict.items())}?", "at": self.predict} if self.predict else None,
             "train": {"label": "retrain", "title": "train what is left for one epoch, in a process of its own"} if source else None,
         }  # fmt: skip
@@ -292,8 +236,8 @@ class Explorer(anywidget.AnyWidget):
 
     def _picture(self, state: State) -> None:
         found = self.pictures(state)
-        self.send({"type": "picture", "seq": self.seq, "cards": found.cards, "point": self.point(state) if state.accuracy is None else
-                   {"bytes": state.file_bytes, "label": size_text(state.file_bytes)}, "cells": self.cells(state), "notes": self.notes(state)}, found.buffers)  # fmt: skip
+        self.send({"type": "picture", "seq": self.seq, "cards": found.cards, "point": words.point(state) if state.accuracy is None else
+                   {"bytes": state.file_bytes, "label": words.size_text(state.file_bytes)}, "cells": self.cells(state), "notes": self.notes(state)}, found.buffers)  # fmt: skip
         self.send({"type": "line", "seq": self.seq, "line": self.line(state)})
 
     def _later(self, work: AsyncIterator | Any) -> None:
@@ -314,9 +258,9 @@ class Explorer(anywidget.AnyWidget):
                     await asyncio.sleep(0)
                 if estimate and not estimate.exact and estimate.half < 0.7 * shown:
                     state.estimate, shown = estimate, estimate.half
-                    text = f"{pct(estimate.accuracy, 1)} ±{100 * estimate.half:.1f}"
+                    text = f"{words.pct(estimate.accuracy, 1)} ±{100 * estimate.half:.1f}"
                     self.send({"type": "estimate", "seq": seq, "accuracy": estimate.accuracy, "half": estimate.half, "images": estimate.done,
-                               "text": text, "cells": self.cells(state), "point": self.point(state)})  # fmt: skip
+                               "text": text, "cells": self.cells(state), "point": words.point(state)})  # fmt: skip
             self._finish(state, answers)
             flips, picture = self._flips(answers)
             self.send({"type": "exact", "seq": seq, **self._exact(state), "flips": flips}, [picture])
@@ -326,8 +270,8 @@ class Explorer(anywidget.AnyWidget):
             self.send({"type": "error", "seq": seq, "message": f"{type(error).__name__}: {error}"})
 
     def _exact(self, state: State) -> dict[str, Any]:
-        return {"accuracy": state.accuracy, "text": pct(state.accuracy), "cells": self.cells(state), "notes": self.notes(state),
-                "point": self.point(state), "worst": state.worst}  # fmt: skip
+        return {"accuracy": state.accuracy, "text": words.pct(state.accuracy), "cells": self.cells(state), "notes": self.notes(state),
+                "point": words.point(state), "worst": state.worst}  # fmt: skip
 
     def _flips(self, answers: Tensor) -> tuple[dict[str, Any], bytes]:
         """The images whose answer just changed from right to wrong against the dense network."""
@@ -343,10 +287,10 @@ class Explorer(anywidget.AnyWidget):
 
     async def _rest(self, state: State, seq: int | None = None) -> None:
         """What takes too long for a moving hand: the file that ``save`` writes, the latency beside the dense network's."""
-        model = self.model(state)
-        state.row = measure(model, reference=self.net, data=None, rounds=15)
+        one = self.live.images[:1], self.live.labels[:1]
+        state.row = measure(self.model(state), reference=self.net, data=one, rounds=15, threads=torch.get_num_threads())
         state.file_bytes = state.row.file_bytes
-        self.send({"type": "rest", "seq": self.seq if seq is None else seq, "cells": self.cells(state), "notes": self.notes(state) + [note("info", "", t) for t in state.row.explain()[:2]]})
+        self.send({"type": "rest", "seq": self.seq if seq is None else seq, "cells": self.cells(state), "notes": self.notes(state)})
 
     def model(self, state: State | None = None) -> nn.Module:
         """A copy of the network with the state's plan attached: what ``line`` would make."""
@@ -369,7 +313,7 @@ class Explorer(anywidget.AnyWidget):
         self._show_pins()
 
     def _show_pins(self) -> None:
-        pins = [{"label": "AB"[i], "cells": [[c[0], c[2]] for c in self.cells(s)], "line": self.line(s), "point": self.point(s)} for i, s in enumerate(self.pins)]
+        pins = [{"label": "AB"[i], "cells": [[c[0], c[2]] for c in self.cells(s)], "line": self.line(s), "point": words.point(s)} for i, s in enumerate(self.pins)]
         self.send({"type": "pinned", "pins": pins})
 
     def _on_guess(self, message: dict[str, Any]) -> None:
@@ -377,7 +321,7 @@ class Explorer(anywidget.AnyWidget):
         actual = self.live.accuracy(self.look({**self.start, **at}).weights)
         self.guesses.append({"at": at, "guess": message["value"], "actual": actual})
         off = 100 * (message["value"] - actual)
-        text = f"You said {pct(message['value'], 0)}; measured {pct(actual, 1)}: " + ("spot on." if abs(off) < 1 else f"{abs(off):.0f} points too {'high' if off > 0 else 'low'}.")
+        text = f"You said {words.pct(message['value'], 0)}; measured {words.pct(actual, 1)}: " + ("spot on." if abs(off) < 1 else f"{abs(off):.0f} points too {'high' if off > 0 else 'low'}.")
         self.send({"type": "guess", "value": message["value"], "actual": actual, "text": text})
 
     def _on_seed(self, message: dict[str, Any]) -> None:
@@ -392,10 +336,38 @@ class Explorer(anywidget.AnyWidget):
         self.path.clear()
 
     def _on_train(self, _: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Train what the state shown leaves for one epoch, in a child process."""
+        source = getattr(self.net, "source", None)
+        if source is None:
+            raise ValueError("retraining beside the panel needs one of the kit's networks, which a second process can load by name; use fit(panel.model(), data)")
+        self._on_stop({})
+        self._child = Child(**source, method=self.method.key, where=self.where, knobs=self.state.knobs, epochs=1)
+        self._training = asyncio.get_running_loop().create_task(self._train(self._child, self.state))
 
     def _on_stop(self, _: dict[str, Any]) -> None:
-        raise NotImplementedError
+        if self._child is not None and self._child.running:
+            self._child.stop()
+
+    async def _train(self, child: Child, state: State) -> None:
+        while child.running:
+            report = child.report()
+            text = f"step {report['step']:,} of {report['steps']:,}" if report else "starting"
+            self.send({"type": "train", "state": "running", "epoch": report.get("step", 0), "epochs": report.get("steps", 1), "text": text})
+            await asyncio.sleep(0.4)
+        report = child.report()
+        if "accuracy" not in report:
+            how = {"state": "failed", "text": child.failure} if child.failure else {"state": "stopped", "text": "stopped"}
+            self.send({"type": "train", **how})
+            return
+        point = {"bytes": report["bytes"], "accuracy": report["accuracy"], "label": "retrained", "half": 0}
+        text = f"retrained for one epoch: {words.pct(report['accuracy'])} (before: {words.pct(state.accuracy) if state.accuracy is not None else 'not measured'})"
+        self.trained.append({"knobs": state.knobs, **report})
+        self.send({"type": "train", "state": "done", "epoch": 1, "epochs": 1, "text": text, "point": point})
+
+    def close(self) -> None:
+        """End what runs beside the panel, then the widget."""
+        self._on_stop({})
+        super().close()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The widget, and beside it the text twin for pages where no widget runs."""
@@ -405,34 +377,9 @@ class Explorer(anywidget.AnyWidget):
         return {**data, "text/plain": twin, "text/html": f'<pre role="img" aria-label="the panel as text">{html.escape(twin)}</pre>'}, metadata
 
 
-def note(tone: str, title: str, text: str) -> dict[str, str]:
-    return {"tone": tone, "title": title, "text": text}
-
-
-def knob_spec(knob: Knob, value: Any) -> dict[str, Any]:
-    """A knob as the browser sees it."""
-    labels = {"keep": "keep, share of weights", "lam": "λ, strength of the penalty"}
-    found = {"name": knob.name, "label": labels.get(knob.name, knob.name.replace("_", " ")), "value": value}
-    if isinstance(knob.span, Span):
-        return {**found, "kind": "span", "lo": knob.span.lo, "hi": knob.span.hi, "log": knob.span.log, "integer": knob.span.integer}
-    return {**found, "kind": "pick", "choices": list(knob.span.choices)}
-
-
 def sizes_of(model: nn.Module) -> dict[str, Any]:
     """Bytes of the file that ``save`` writes for a model: in all, its header, its arrays."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.cml"
         save(model, path)
         return sizes(path)
-
-
-def pct(share: float, digits: int = 2) -> str:
-    return f"{100 * share:.{digits}f} %"
-
-
-def times(before: float, after: float) -> str:
-    return f"{before / after:.1f}×" if after else "∞"
-
-
-def size_text(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB" if count >= 10e6 else f"{count / 1e3:,.0f} kB" if count >= 10e3 else f"{count / 1e3:,.1f} kB"

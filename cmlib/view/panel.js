@@ -347,7 +347,7 @@ function lineCard() {
 
 const CARDS = { histogram: histogramCard, image: imageCard, strip: stripCard, bars: barsCard, line: lineCard };
 
-/** Cards in order: in the first column; bars, and a line when that column is full, under the path. */
+/** Three pictures in the first column and the bars under the path; with more pictures, those go there and the bars change sides. */
 function makeCards(first, second) {
   let kept = [];
   return function update(cards, buffers) {
@@ -355,7 +355,10 @@ function makeCards(first, second) {
     if (kinds !== kept.map((one) => one.kind).join()) {
       kept.forEach((one) => one.node.remove());
       kept = cards.map(({ kind }) => ({ kind, ...(CARDS[kind] ?? imageCard)() }));
-      kept.forEach(({ kind, node }) => (kind === "bars" || (kind === "line" && first.childElementCount > 2) ? second : first).append(node));
+      const pictures = kept.filter((one) => one.kind !== "bars"), others = kept.filter((one) => one.kind === "bars");
+      const spilt = pictures.slice(3);
+      first.append(...[...pictures.slice(0, 3), ...(spilt.length ? others : [])].map((one) => one.node));
+      second.append(...(spilt.length ? spilt : others).map((one) => one.node));
     }
     kept.forEach((one, i) => one.update(cards[i], buffers));
   };
@@ -375,7 +378,7 @@ function makePlot() {
   const svg = s("svg", { role: "img", "font-family": FONT, "font-size": 12, "data-role": "plot" }, ...layers);
   let width = 400, height = 250, drawn = "", reach = null, obstacles = [];
 
-  const frame = () => ({ left: 44, right: width - 8, top: 10, bottom: height - 24 });
+  const frame = () => ({ left: 44, right: width - 8, top: 19, bottom: height - 24 });
 
   /** The domain only grows (until the path is cleared): axes that jump cannot be read. */
   function extend({ dense, published, walked, pins, point, guess }, accuracies) {
@@ -414,11 +417,8 @@ function makePlot() {
         s("text", { x: Math.min(x, right - 16), y: bottom + 17, "text-anchor": "middle", fill: INK.muted }, byteText(bytes)));
     }
     nodes.push(s("path", { d: `M${left} ${bottom}H${right}`, stroke: INK.grey }));
-    if (reach.top === 1) {                       // said in the picture, so that a saved one says it too
-      const low = Y(reach.floor) - 3;
-      nodes.push(s("text", { x: right, y: low, "text-anchor": "end", "font-size": 10.5, fill: INK.muted }, "stretched near 100 %"));
-      obstacles.push([right - 112, low - 14, right, low]);
-    }
+    // said in the picture, so that a saved one says it too
+    nodes.push(s("text", { x: right, y: top - 6, "text-anchor": "end", "font-size": 10.5, fill: INK.muted }, "accuracy stretched near 100 %"));
     grid.replaceChildren(...nodes);
   }
 
@@ -430,7 +430,7 @@ function makePlot() {
     spots.forEach(([dx, dy], i) => {
       const x0 = clamp(x + dx, left + 2, right - wide), y1 = y + dy + 3, y0 = y1 - high;
       const cover = ([a, b, c, d]) => Math.max(0, Math.min(c, x0 + wide) - Math.max(a, x0)) * Math.max(0, Math.min(d, y1) - Math.max(b, y0));
-      const cost = taken.reduce((sum, box) => sum + cover(box), 6 * i) + (y0 < top - 8 || y1 > bottom ? 4000 : 0) + 3 * Math.abs(x0 - x - dx);
+      const cost = taken.reduce((sum, box) => sum + cover(box), 6 * i) + (y0 < top - 3 || y1 > bottom ? 4000 : 0) + 3 * Math.abs(x0 - x - dx);
       if (!best || cost < best.cost) best = { cost, x0, y1, box: [x0, y0, x0 + wide, y1] };
     });
     taken.push(best.box);
@@ -530,6 +530,9 @@ function classRow() {
 }
 
 const flipText = ({ truth, before, after }) => `${truth}: ${before}→${after}`;
+/** Under a small picture, a long class name stands once. */
+const flipCaption = ({ truth, before, after }) =>
+  truth.length === 1 ? flipText({ truth, before, after }) : truth === before ? `${before} → ${after}` : `${truth}: ${before} → ${after}`;
 
 function flipTile() {
   const pixels = makePixels(), text = h("figcaption");
@@ -537,7 +540,7 @@ function flipTile() {
     const label = flips.labels[k];
     pixels.draw(view, { w: flips.w, h: flips.h, palette: flips.palette ?? "grey" }, k);
     assign(pixels.canvas, { "aria-label": `truth ${label.truth}, before ${label.before}, now ${label.after}` });
-    write(text, flipText(label));
+    write(text, flipCaption(label));
   } };
 }
 
@@ -555,7 +558,7 @@ function makeForgets() {
     flipSide.hidden = !flips?.n;
     if (!flips?.n) return;
     const view = flipBuffers[flips.buffer];
-    write(flipTitle, `${flips.caption ?? "answers that flipped"}${flips.total == null ? "" : ` · ${flips.total.toLocaleString("en")} in all`}`);
+    write(flipTitle, flips.caption ?? `${(flips.total ?? flips.n).toLocaleString("en")} answers that flipped, truth: before→now`);
     tiles.style.setProperty("--n", flips.n);
     tiles.style.setProperty("--half", Math.ceil(flips.n / 2));
     fillList(tiles, Array.from({ length: flips.n }, (_, k) => ({ flips, view, k })), flipTile);
@@ -602,10 +605,10 @@ function difference(a, b) {
 }
 
 /** A beside B, or A beside the present state while there is no B. */
-function makeCompare() {
+function makeCompare(unpin) {
   const table = makeTable("pinned", ["", "A", "B", "change"], { "data-role": "compare" });
   const lines = h("ul");
-  const node = h("section", { class: "pnl-box pnl-compare", "aria-label": "pinned states" }, table.node, lines);
+  const node = h("section", { class: "pnl-box pnl-compare", "aria-label": "pinned states" }, table.node, lines, unpin);
   const cellsOf = (pin) => new Map((pin.cells ?? []).map((row) => [row[0], row.length > 2 ? row[2] : row[1]]));
   function update(state) {
     const { pins, veil } = state;
@@ -740,7 +743,7 @@ function makeTakeAway(state, svg, say) {
 // ------------------------------------------------------------------ the panel
 
 const freshState = () => ({ spec: {}, values: {}, layer: null, pictureSeq: -1, estimateSeq: -1, exactSeq: -1, cards: [], buffers: [], cells: [],
-  notes: [], lateNotes: [], point: null, text: "", walked: [], published: [], dense: null, worst: [], flips: null, flipBuffers: [],
+  notes: [], lateNotes: null, point: null, text: "", walked: [], published: [], dense: null, worst: [], flips: null, flipBuffers: [],
   pins: [], guess: null, reveal: "", veil: false, train: null, line: "", error: "", keptNote: "", asked: new Map() });
 
 function makePanel(model, el) {
@@ -754,21 +757,21 @@ function makePanel(model, el) {
   const button = (text, role, onclick, more = {}) => h("button", { type: "button", "data-role": role, onclick, ...more }, text);
   const busy = h("span", { class: "pnl-busy", hidden: true, "data-role": "busy" }), said = h("p", { class: "pnl-hidden", role: "status", "aria-live": "polite", "data-role": "status" });
   const header = h("header"), knobRow = h("div", { class: "pnl-knobs" });
-  const pin = button("pin", "pin", () => send({ type: "pin" })), unpin = button("unpin", "unpin", () => send({ type: "unpin" }), { hidden: true });
+  const pin = button("pin", "pin", () => send({ type: "pin" }));
   const train = button("retrain", "train", () => send({ type: "train" })), reset = button("reset", "reset", goBack);
-  const controls = h("section", { class: "pnl-box pnl-controls", "aria-label": "controls" }, knobRow, h("div", { class: "pnl-buttons" }, pin, unpin, train, reset));
+  const controls = h("section", { class: "pnl-box pnl-controls", "aria-label": "controls" }, knobRow, h("div", { class: "pnl-buttons" }, pin, train, reset));
   const progress = h("progress", { "aria-label": "training", max: 1 }), trainText = h("span");
   const stop = button("stop", "stop", () => send({ type: "stop" })), training = h("div", { class: "pnl-training", hidden: true, "data-role": "training" }, progress, trainText, stop);
   const error = h("div", { class: "pnl-error", role: "alert", "data-role": "error", hidden: true });
   const predict = makePredict(lockIn, () => { state.veil = false; mark("all"); });
   const plot = makePlot(), takeAway = makeTakeAway(state, plot.svg, say);
   const keptNote = h("p", { class: "pnl-kept-note" }), pictures = h("div", { class: "pnl-pictures" });
-  const bars = h("div"), tools = h("div", { class: "pnl-tools" }, button("clear path", "clear", forgetPath), takeAway.menu);
+  const bars = h("div", { class: "pnl-second" }), tools = h("div", { class: "pnl-tools" }, button("clear path", "clear", forgetPath), takeAway.menu);
   const plotBox = h("figure", { class: "pnl-plot" }, h("h3", {}, "accuracy against bytes on disk: the path you walked"), plot.svg,
     takeAway.spare);
   const figures = makeTable("figures, dense beside now", ["", "dense", "now", "change"], { class: "pnl-figures", "data-role": "table" });
   const notes = h("div", { class: "pnl-notes", "data-role": "notes" });
-  const forgets = makeForgets(), compare = makeCompare(), twin = makeTwin();
+  const forgets = makeForgets(), compare = makeCompare(button("unpin", "unpin", () => send({ type: "unpin" }))), twin = makeTwin();
   const drawCards = makeCards(pictures, bars);
   // JupyterLab would take arrows and letters for notebook commands: sliders keep their keys
   const root = h("article", { class: "pnl", "data-role": "panel", "data-lm-suppress-shortcuts": true }, header, controls, training, error, predict.node,
@@ -787,10 +790,10 @@ function makePanel(model, el) {
     plot: () => plot.update(state),
     figures() {
       figures.fill(shownCells(state));
-      fillList(notes, state.veil ? state.notes : merge(state.notes, state.lateNotes, "title"), noteBox);
+      fillList(notes, state.veil ? state.notes : state.lateNotes ?? state.notes, noteBox);
     },
     forgets: () => forgets.update(state),
-    compare() { compare.update(state); unpin.hidden = !state.pins.length; },
+    compare: () => compare.update(state),
     predict: () => predict.update(state),
     train: paintTrain,
     twin: () => twin.update(state),
@@ -867,7 +870,7 @@ function makePanel(model, el) {
   }
   function makeHeader(spec) {
     const aside = [spec.paper, spec.chapter && `chapter ${spec.chapter}`].filter(Boolean).map((word) => ` · ${word}`).join("");
-    const seed = spec.seed && makeSeed(spec.seed, (value) => { send({ type: "seed", value }); ask(); });
+    const seed = spec.seed && makeSeed(spec.seed, (value) => send({ type: "seed", value }));
     header.replaceChildren(h("h2", {}, spec.title ?? "", h("span", {}, aside)), busy, tools, h("p", {}, spec.subtitle ?? "", ...(seed ? [" · ", seed] : [])));
     assign(root, { "aria-label": spec.title });
   }
@@ -897,8 +900,12 @@ function makePanel(model, el) {
       const { seq = 0 } = message;
       asker.answered(seq);
       if (seq < state.pictureSeq) return;
-      if (message.knobs && !state.asked.has(seq)) turn(message.knobs);       // another view's move
-      Object.assign(state, { pictureSeq: seq, cards: message.cards ?? [], buffers, cells: message.cells ?? state.cells, notes: message.notes ?? [], lateNotes: [],
+      if (message.knobs && !state.asked.has(seq)) {                          // another view's move, or the state before a reload
+        turn(message.knobs);
+        state.values = read();
+        if (message.layer) layer?.set(message.layer);
+      }
+      Object.assign(state, { pictureSeq: seq, cards: message.cards ?? [], buffers, cells: message.cells ?? state.cells, notes: message.notes ?? [], lateNotes: null,
         point: message.point ? { ...message.point } : state.point, text: "", error: "", keptNote: message.kept_note ?? "" });
       if (state.guess && !state.guess.bytes && seq >= state.guess.seq) state.guess.bytes = message.point?.bytes;
       mark("cards", "plot", "figures", "forgets", "twin", ...(state.pins.length ? ["compare"] : []));
@@ -912,13 +919,14 @@ function makePanel(model, el) {
       state.exactSeq = message.seq;
       measured(message, { half: 0 });
       stepOn(state.point, message.seq);
-      Object.assign(state, { lateNotes: merge(state.lateNotes, message.notes, "title"), worst: message.worst ?? [], flips: message.flips ?? null, flipBuffers: buffers });
+      Object.assign(state, { worst: message.worst ?? [], flips: message.flips ?? null, flipBuffers: buffers });
+      state.lateNotes = message.notes ?? state.lateNotes;
       if (!state.veil) say(`Accuracy ${state.text}, file ${state.point?.label ?? ""}, at ${stateText(state.asked.get(message.seq) ?? state.values)}.`);
       mark("plot", "figures", "forgets", "twin", ...(state.pins.length ? ["compare"] : []));
     },
     rest(message) {
       state.cells = merge(state.cells, message.cells, 0);
-      state.lateNotes = merge(state.lateNotes, message.notes, "title");
+      state.lateNotes = message.notes ?? state.lateNotes;
       mark("figures", "twin", ...(state.pins.length ? ["compare"] : []));
     },
     pinned({ pins }) { state.pins = pins ?? []; mark("compare", "plot", "twin"); },

@@ -1,0 +1,62 @@
+"""``python -m cmlib bench [--only slider,exact,...] [--readme]``: every claimed number, measured in one run and printed as tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from . import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
+    "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse, "notebooks": tables.notebooks,
+}  # fmt: skip
+
+
+def machine() -> str:
+    """The machine and the versions behind the figures."""
+    cpu = platform.processor() or platform.machine()
+    found = Path("/proc/cpuinfo")
+    if found.exists():
+        cpu = next((line.split(":")[1].strip() for line in found.read_text().split("\n") if line.startswith("model name")), cpu)
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def into_readme(text: str) -> None:
+    """Put the tables between the README's two bench marks."""
+    path = ROOT / "README.md"
+    page = path.read_text()
+    new = re.sub(r"(<!-- bench -->\n).*?(\n<!-- /bench -->)", lambda m: m[1] + text + m[2], page, flags=re.S)
+    aside = path.with_suffix(".md.part")
+    aside.write_text(new)
+    aside.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cmlib bench")
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
+    parser.add_argument("--readme", action="store_true", help="put the tables into README.md")
+    asked = parser.parse_args()
+    unknown = set(asked.only.split(",")) - set(SECTIONS)
+    if unknown:
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    lines = [f"Measured on {machine()}."]
+    print(lines[0])
+    for name in asked.only.split(","):
+        for line in SECTIONS[name]():
+            print(line, flush=True)
+            lines.append(line)
+    if asked.readme:
+        into_readme("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

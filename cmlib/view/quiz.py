@@ -1,0 +1,42 @@
+"""Predict, then reveal: a guess is asked for before the measured answer shows."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+
+import ipywidgets as widgets
+
+
+class Guess(widgets.VBox):
+    """A question with a slider; the answer is measured when the guess is locked in. ``guess`` and ``answer`` hold both afterwards."""
+
+    def __init__(self, question: str, measure: Callable[[], float], lo: float, hi: float, unit: str, why: str) -> None:
+        self.measure, self.unit, self.why = measure, unit, why
+        self.guess: float | None = None
+        self.answer: float | None = None
+        self.slider = widgets.FloatSlider((lo + hi) / 2, min=lo, max=hi, step=(hi - lo) / 200, description=f"guess, {unit}" if unit else "guess",
+                                          readout_format=".3~g", style={"description_width": "initial"}, layout={"width": "28em"})  # fmt: skip
+        self.button = widgets.Button(description="lock in", tooltip="measure the answer now", button_style="warning")
+        self.button.on_click(lambda _: self.reveal())
+        self.said = widgets.HTML()
+        super().__init__([widgets.HTML(f"<b>{html.escape(question)}</b>"), widgets.HBox([self.slider, self.button]), self.said])
+
+    def reveal(self) -> None:
+        """Measure, and show the guess beside the answer."""
+        self.guess = self.slider.value
+        self.button.disabled = self.slider.disabled = True
+        try:
+            self.answer = float(self.measure())
+        except Exception as error:  # shown to the learner; the slider comes back
+            self.button.disabled = self.slider.disabled = False
+            self.said.value = f'<p role="alert">Measuring failed: {html.escape(f"{type(error).__name__}: {error}")}</p>'
+            return
+        off = self.guess - self.answer
+        verdict = "spot on" if abs(off) <= 0.01 * (self.slider.max - self.slider.min) else f"{abs(off):.3g} {self.unit} too {'high' if off > 0 else 'low'}"
+        self.said.value = f'<p role="status">You said {self.guess:.3g} {self.unit}; measured {self.answer:.3g} {self.unit}: {verdict}. {html.escape(self.why)}</p>'
+
+
+def predict_first(question: str, measure: Callable[[], float], *, lo: float = 0, hi: float = 100, unit: str = "%", why: str = "") -> Guess:
+    """Ask ``question``, take a guess between ``lo`` and ``hi``, then call ``measure()`` and show both, with ``why`` it comes out so."""
+    return Guess(question, measure, lo, hi, unit, why)

@@ -1,0 +1,123 @@
+"""What the panel says of a state: the table, the notes, the numbers in words. Panel, text twin and csv all say it from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..core.apply import Plan
+from ..core.knobs import Knob, Span
+from ..lab.measure import Row
+from .live import Estimate
+
+KNOB_LABELS = {"keep": "keep, share of weights", "lam": "λ, strength of the penalty", "c": "c, threshold in standard deviations"}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What the network is before compression."""
+
+    accuracy: float
+    file_bytes: int
+
+
+@dataclass
+class State:
+    """One position of the knobs: the plan it means, the weights in place, and what has been measured of it so far."""
+
+    knobs: dict[str, Any]
+    plan: Plan
+    weights: dict[str, Tensor]
+    packed_bytes: int  # of the covered weights, as stored
+    file_bytes: int
+    estimate: Estimate | None = None
+    accuracy: float | None = None
+    row: Row | None = None
+    worst: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        return sum(p.kept for p in self.plan.values())
+
+    @property
+    def total(self) -> int:
+        return sum(p.mask.numel() for p in self.plan.values())
+
+
+def cells(state: State, dense: Dense) -> list[list[str]]:
+    """The table: label, dense, now, change. What is not measured yet is an ellipsis."""
+    return [*_accuracy(state, dense.accuracy),
+            ["weights kept", f"{state.total:,}", f"{state.kept:,}", times(state.total, state.kept)],
+            ["file on disk", size_text(dense.file_bytes), size_text(state.file_bytes), times(dense.file_bytes, state.file_bytes)],
+            *_speed(state.row)]  # fmt: skip
+
+
+def _accuracy(state: State, dense: float) -> list[list[str]]:
+    exact = "…" if state.accuracy is None else pct(state.accuracy)
+    change = "…" if state.accuracy is None else f"{100 * (state.accuracy - dense):+.2f}".replace("-", "−")
+    estimate = f"{pct(state.estimate.accuracy, 1)} ±{100 * state.estimate.half:.1f}" if state.estimate else exact
+    return [["accuracy, estimate", pct(dense), estimate, ""], ["accuracy, exact", pct(dense), exact, change]]
+
+
+def _speed(row: Row | None) -> list[list[str]]:
+    if row is None:
+        return [["multiply-adds", "…", "…", "at rest"], ["latency, batch 1", "…", "…", "at rest"]]
+    before, after = row.dense.multiply_adds, row.multiply_adds
+    return [["multiply-adds", f"{before / 1e3:,.0f} k", f"{after / 1e3:,.0f} k", times(before, after)],
+            ["latency, batch 1", f"{row.dense.latency_ms:.2f} ms", f"{row.latency_ms:.2f} ms", f"{row.latency_ratio:.2f}×"]]  # fmt: skip
+
+
+def notes(state: State, dense: Dense) -> list[dict[str, str]]:
+    """What the figures mean, and why some did not move."""
+    empty = [n for n, p in state.plan.items() if p.kept == 0]
+    found = [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: the network now answers the same for every image.")] if empty else []
+    title = f"{times(state.total, state.kept)} fewer weights, {times(dense.file_bytes, state.file_bytes)} smaller file."
+    found.append(note("info", title, _storage(state)))
+    if state.kept < state.total:
+        found.append(note("warn", "Why did the multiply-adds not move?", "The mask sits in a dense matrix: the zeros are still multiplied."))
+    return found
+
+
+def _storage(state: State) -> str:
+    formats = sorted({p.format() for p in state.plan.values()})
+    if state.kept == state.total:
+        return "Every weight stays."
+    if formats == ["dense"]:
+        return "Stored dense: the zeros are written like any other value."
+    values = sum(p.kept * p.values.element_size() for p in state.plan.values())
+    index = 8 * (state.packed_bytes - values) / max(1, state.kept)
+    return f"Each kept weight also stores where it sits ({', '.join(formats)}): {index:.1f} bits of index beside 32 of value."
+
+
+def point(state: State) -> dict[str, Any]:
+    """The state on the plot of accuracy against bytes."""
+    found = {"bytes": state.file_bytes, "label": size_text(state.file_bytes)}
+    if state.accuracy is not None:
+        return {**found, "accuracy": state.accuracy}
+    return {**found, "accuracy": state.estimate.accuracy, "half": state.estimate.half} if state.estimate else found
+
+
+def note(tone: str, title: str, text: str) -> dict[str, str]:
+    return {"tone": tone, "title": title, "text": text}
+
+
+def knob_spec(knob: Knob, value: Any) -> dict[str, Any]:
+    """A knob as the browser sees it."""
+    found = {"name": knob.name, "label": KNOB_LABELS.get(knob.name, knob.name.replace("_", " ")), "value": value}
+    if isinstance(knob.span, Span):
+        return {**found, "kind": "span", "lo": knob.span.lo, "hi": knob.span.hi, "log": knob.span.log, "integer": knob.span.integer}
+    return {**found, "kind": "pick", "choices": list(knob.span.choices)}
+
+
+def pct(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def times(before: float, after: float) -> str:
+    return f"{before / after:.1f}×" if after else "∞"
+
+
+def size_text(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 10e6 else f"{count / 1e3:,.0f} kB" if count >= 10e3 else f"{count / 1e3:,.1f} kB"
