@@ -52,7 +52,8 @@ def server(root: Path, command: tuple[str, ...] = ("jupyterlab",), timeout: floa
     port, token = free_port(), secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as home:
         _settings(Path(home) / "settings")
-        env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": f"{home}/settings", "JUPYTER_CONFIG_DIR": f"{home}/config", "IPYTHONDIR": f"{home}/ipython"}
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path, "JUPYTERLAB_SETTINGS_DIR": f"{home}/settings", "JUPYTER_CONFIG_DIR": f"{home}/config", "IPYTHONDIR": f"{home}/ipython"}
         arguments = [sys.executable, "-m", *command, "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}",
                      f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True", *(["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]  # fmt: skip
         with open(Path(home) / "log", "w") as log:
@@ -92,25 +93,34 @@ def page(width: int = 1400, height: int = 1000) -> Iterator[Any]:
             browser.close()
 
 
+READY = """() => {
+  const context = window.jupyterapp.shell.currentWidget?.sessionContext;
+  return context?.isReady && context.session?.kernel?.connectionStatus === 'connected' && context.session.kernel.status === 'idle';
+}"""
+
+
 @contextmanager
 def lab(root: Path, notebook: str, **size: int) -> Iterator[Any]:
     """JupyterLab with ``notebook`` (a path under ``root``) open and its kernel idle."""
     with server(root) as address, page(**size) as found:
         found.goto(address % f"lab/tree/{notebook}", wait_until="domcontentloaded")
         found.wait_for_function("window.jupyterapp && document.querySelector('.jp-NotebookPanel .jp-Cell')", timeout=90_000)
-        found.wait_for_function("[...document.querySelectorAll('.jp-Notebook-ExecutionIndicator')].some(e => e.dataset.status === 'idle')", timeout=90_000)
+        found.wait_for_function(READY, timeout=90_000)
         yield found
+
+
+DONE = """() => {
+  const cells = [...document.querySelectorAll('.jp-NotebookPanel .jp-CodeCell')].filter(c => c.querySelector('.cm-content')?.innerText.trim());
+  const prompts = cells.map(c => c.querySelector('.jp-InputPrompt').innerText);
+  const failed = document.querySelector('.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]');
+  return !prompts.some(p => p.includes('*')) && (failed || prompts.every(p => /[0-9]/.test(p)));
+}"""
 
 
 def run_all(found: Any, timeout: float = 180) -> None:
     """Run every cell of the open notebook and wait until the kernel is idle again; RuntimeError with the first error's text."""
-    found.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    found.wait_for_function(
-        """() => { const cells = [...document.querySelectorAll('.jp-NotebookPanel .jp-CodeCell')].filter(c => c.querySelector('.cm-content').innerText.trim());
-                   const prompts = cells.map(c => c.querySelector('.jp-InputPrompt').innerText);
-                   return prompts.every(p => /\\[\\d+\\]/.test(p)) || document.querySelector('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"] pre, .jp-RenderedText[data-mime-type*="error"]') && prompts.every(p => !p.includes('*')); }""",
-        timeout=timeout * 1000,
-    )
+    found.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    found.wait_for_function(DONE, timeout=timeout * 1000)
     error = found.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]')
     if error.count():
         raise RuntimeError(error.first.inner_text()[-1500:])

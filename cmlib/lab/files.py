@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +117,8 @@ def _digest(header: dict[str, Any], tensors: Tensors) -> str:
     found = hashlib.sha256(_dump({k: v for k, v in header.items() if k != "sha256"}).encode())
     for name, t in sorted(tensors.items()):
         found.update(f"\n{name}\n{t.dtype}\n{list(t.shape)}\n".encode())
-        found.update(t.reshape(-1).view(torch.uint8).numpy())
+        if t.numel():  # an empty array may have strides that cannot be viewed as bytes
+            found.update(t.reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 
@@ -177,12 +177,13 @@ def _check_numbers(value: Any) -> None:
     for v in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_numbers(v)
     if isinstance(value, (int, float)):
-        _need(math.isfinite(value) and 0 <= value < 2**63, f"its header holds the number {value}")
+        _need(0 <= value < 2**63, f"its header holds the number {value}")
 
 
 def _build(net: Any) -> nn.Module:
     _need(net is not None, "it holds a network that is not one of the kit's; build a fresh one and pass it as into=")
-    _need(isinstance(net, dict) and set(net) == {"net", "data", "seed"}, f"its header names no network: {net!r}")
+    known = isinstance(net, dict) and set(net) == {"net", "data", "seed"} and isinstance(net["seed"], int)
+    _need(known, f"its header names no network: {net!r}")
     return build(**net)
 
 

@@ -22,7 +22,9 @@ def plan(
     ``where`` names layers by pattern of name or type ("conv*", "Linear", "*, !first, !last"). ``data`` (of load_data, or a pair) is for methods that
     ask for gradients, curvature or activations; ``samples`` of its training images are used. ValueError says what is wrong and what mends it.
     """
-    return Planner(model, find(method), where=where, data=data, loss=loss, samples=samples)(**knobs)
+    method = find(method)
+    method.bind(knobs)  # a misspelt knob is told before evidence is gathered
+    return Planner(model, method, where=where, data=data, loss=loss, samples=samples)(**knobs)
 
 
 def compress(

@@ -118,7 +118,8 @@ class Explorer(anywidget.AnyWidget):
         dense, now = self.live.by_class(self.live.dense), self.live.by_class(answers)
         order = (now - dense).argsort(stable=True)[:3].tolist()
         state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
-        self.path.append(state)
+        if state not in self.path:
+            self.path.append(state)
 
     def class_name(self, c: int) -> str:
         return self.data.classes[c] if isinstance(self.data, Data) else str(c)
@@ -190,7 +191,7 @@ class Explorer(anywidget.AnyWidget):
 
     def subtitle(self) -> str:
         source = getattr(self.net, "source", None)
-        name = f"{NETS[source['net']]} on {SETS[source['data']]} · seed {source['seed']}" if source else f"{type(self.net).__name__} of your own"
+        name = f"{NETS[source['net']]} on {SETS[source['data']]}" if source else f"{type(self.net).__name__} of your own"
         return f"{name} · {len(self.live.labels):,} {self.part} images · nothing here is replayed: the knobs act on the network"
 
     def _spec(self) -> dict[str, Any]:
@@ -218,10 +219,11 @@ class Explorer(anywidget.AnyWidget):
         except Exception as error:  # whatever it is, the learner sees it and can go on
             self.send({"type": "error", "seq": message.get("seq", self.seq), "message": f"{type(error).__name__}: {error}"})
 
-    def _on_ready(self, _: dict[str, Any]) -> None:
-        self._picture(self.state)
-        self.send({"type": "exact", "seq": self.seq, **self._exact(self.state)}, [b""])
-        self._later(self._rest(self.state))
+    def _on_ready(self, message: dict[str, Any]) -> None:
+        """A view opened: show it where the kernel stands."""
+        self.seq = max(self.seq, message.get("seq", 0))
+        self._picture(self.state, knobs={n: v for n, v in self.state.knobs.items() if v is not None}, layer=self.layer)
+        self._later(self._measure(self.seq, self.state))
 
     def _on_move(self, message: dict[str, Any]) -> None:
         self.seq = message["seq"]
@@ -234,10 +236,11 @@ class Explorer(anywidget.AnyWidget):
         whole = {n for n, k in self.method.knobs.items() if isinstance(k.span, Span) and k.span.integer}
         return {n: int(v) if n in whole else v for n, v in knobs.items()}
 
-    def _picture(self, state: State) -> None:
-        found = self.pictures(state)
-        self.send({"type": "picture", "seq": self.seq, "cards": found.cards, "point": words.point(state) if state.accuracy is None else
-                   {"bytes": state.file_bytes, "label": words.size_text(state.file_bytes)}, "cells": self.cells(state), "notes": self.notes(state)}, found.buffers)  # fmt: skip
+    def _picture(self, state: State, **where: Any) -> None:
+        """What is known at once: the pictures, the bytes, the table with what is not yet measured left open."""
+        found, size = self.pictures(state), {"bytes": state.file_bytes, "label": words.size_text(state.file_bytes)}
+        said = {"point": size, "cells": self.cells(state), "notes": self.notes(state)}
+        self.send({"type": "picture", "seq": self.seq, "cards": found.cards, **said, **where}, found.buffers)
         self.send({"type": "line", "seq": self.seq, "line": self.line(state)})
 
     def _later(self, work: AsyncIterator | Any) -> None:

@@ -773,8 +773,9 @@ function makePanel(model, el) {
   const notes = h("div", { class: "pnl-notes", "data-role": "notes" });
   const forgets = makeForgets(), compare = makeCompare(button("unpin", "unpin", () => send({ type: "unpin" }))), twin = makeTwin();
   const drawCards = makeCards(pictures, bars);
-  // JupyterLab would take arrows and letters for notebook commands: sliders keep their keys
-  const root = h("article", { class: "pnl", "data-role": "panel", "data-lm-suppress-shortcuts": true }, header, controls, training, error, predict.node,
+  // JupyterLab would take arrows and letters for notebook commands: controls keep their keys, the page those with a modifier
+  const keep = (e) => { if (!e.ctrlKey && !e.metaKey && !e.altKey && !e.shiftKey && !["Tab", "Escape"].includes(e.key)) e.stopPropagation(); };
+  const root = h("article", { class: "pnl", "data-role": "panel", "data-lm-suppress-shortcuts": true, onkeydown: keep }, header, controls, training, error, predict.node,
     h("div", { class: "pnl-main" },
       h("section", { class: "pnl-box pnl-stage", "aria-label": "pictures" }, h("div", { class: "pnl-left" }, pictures, keptNote), h("div", { class: "pnl-right" }, plotBox, bars)),
       h("section", { class: "pnl-lower", "aria-label": "figures" }, figures.node, notes)),

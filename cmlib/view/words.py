@@ -23,7 +23,7 @@ class Dense:
     file_bytes: int
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """One position of the knobs: the plan it means, the weights in place, and what has been measured of it so far."""
 

@@ -1,0 +1,200 @@
+"""The pictures that the notebooks share, each a short function that returns the Figure.
+
+The colours are Okabe and Ito's, which stay apart for colour-blind eyes; lines also differ by marker, and are named beside where they end.
+``show`` puts a picture and its text twin on the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown, display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+BLUE, VERMILLION, AMBER, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
+DARK, GREY, PALE = "#333333", "#767676", "#D9D9D9"
+COLOURS = (BLUE, VERMILLION, GREEN, AMBER, DARK, PURPLE, SKY)
+MARKERS = "osD^vPX"
+LOOK = {
+    "font.size": 13, "axes.titlesize": 14, "axes.labelsize": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "legend.fontsize": 12,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.titlelocation": "left", "legend.frameon": False,
+    "lines.linewidth": 2.2, "lines.markersize": 7, "figure.dpi": 110, "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def canvas(columns: int = 1, *, width: float = 8.5, height: float = 3.8, **settings: Any) -> tuple[Figure, Any]:
+    """(figure, axes) in the kit's look; the page shows it only where it is asked to."""
+    with plt.rc_context(LOOK):
+        figure, axes = plt.subplots(1, columns, figsize=(width, height), **settings)
+        plt.close(figure)
+    return figure, axes
+
+
+def show(figure: Figure, text: str) -> None:
+    """The picture, then what it says in words; the words are its alternative text too."""
+    display(figure, metadata={"image/png": {"alt": text.replace("**", "")}})
+    say(f"*In words:* {text}")
+
+
+def say(text: str) -> None:
+    """Measured figures in running text (Markdown)."""
+    display(Markdown(text))
+
+
+def percent(axis: Any, digits: int = 0) -> None:
+    """Write a share's axis as percent."""
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.{digits}f} %"))
+
+
+def share_axis(ax: Axes, ticks: Sequence[float] = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005), label: str = "weights kept") -> None:
+    """A logarithmic axis of shares kept, dense at the left: compression grows to the right."""
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{100 * t:g} %" for t in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.invert_xaxis()
+    ax.set_xlabel(f"{label} (log scale)")
+
+
+def weight_histogram(w: Any, cut: float | None = None, *, title: str = "", reach: float | None = None) -> Figure:
+    """How often each weight value occurs (log count), and between which values the weights go."""
+    values = np.asarray(w).ravel()
+    reach = reach or float(np.quantile(np.abs(values), 0.9995))
+    figure, ax = canvas(height=3.4)
+    edges = np.linspace(-reach, reach, 122)
+    ax.hist(values, edges, color=BLUE, label="stays" if cut else None)
+    if cut:
+        ax.hist(values[np.abs(values) < cut], edges, color=PALE, hatch="///", edgecolor=GREY, linewidth=0, label="goes")
+        for x in (-cut, cut):
+            ax.axvline(x, color=VERMILLION, linewidth=1.8, linestyle="--", label=f"threshold ±{cut:.3f}" if x > 0 else None)
+        ax.legend(loc="upper right")
+    ax.set(yscale="log", xlabel="weight value (no unit)", ylabel="weights per bin (log)", title=title)
+    return figure
+
+
+def curves(series: Mapping[str, tuple[Sequence[float], Any]], *, x: str = "", y: str = "accuracy on validation images", title: str = "",
+           shares: bool = True, floor: float | None = None, height: float = 4.4, floor_label: str = "chance") -> Figure:  # fmt: skip
+    """Lines {name: (xs, ys)}, ys of shape (points,) or (seeds, points): the mean, and a band from the lowest seed to the highest."""
+    figure, ax = canvas(height=height)
+    ends = []
+    for (name, (xs, ys)), colour, marker in zip(series.items(), cycle(COLOURS), cycle(MARKERS)):
+        ys = np.atleast_2d(np.asarray(ys, float))
+        ax.plot(xs, ys.mean(0), color=colour, marker=marker)
+        ax.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.18, linewidth=0)
+        ends.append((ys.mean(0)[-1], name, colour))
+    if shares:
+        share_axis(ax, [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if t >= 0.99 * min(min(xs) for xs, _ in series.values())])
+        percent(ax.yaxis)
+    else:
+        ax.set_xlabel(x)
+    if floor is not None:
+        ax.axhline(floor, color=GREY, linewidth=1.2, linestyle=":")
+        ax.annotate(floor_label, (0, floor), xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", color=GREY, fontsize=12)
+    ax.set(ylabel=y, title=title)
+    _name_ends(ax, ends)
+    return figure
+
+
+def _name_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Each line's name beside its last point, pushed apart where names would lie on one another."""
+    low, high = ax.get_ylim()
+    gap, last = 0.068 * (high - low), -np.inf
+    for y, name, colour in sorted(ends):
+        last = max(y, last + gap)
+        ax.annotate(name, (1, last), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+                    color=colour, va="center", fontsize=12, fontweight="bold", annotation_clip=False)  # fmt: skip
+
+
+def dots(groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validation images", title: str = "", marked: Sequence[str] = ()) -> Figure:
+    """One row a group: a dot a seed, a bar at their mean; the groups in ``marked`` (the controls) are hollow."""
+    figure, ax = canvas(height=1.2 + 0.46 * len(groups))
+    for row, (name, values) in enumerate(groups.items()):
+        colour = GREY if name in marked else BLUE
+        ax.plot(values, [row] * len(values), "o", color=colour, fillstyle="none" if name in marked else "full", markersize=9, alpha=0.85)
+        ax.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=DARK, linewidth=2.5)
+        ax.annotate(f"{100 * np.mean(values):.1f} %", (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(groups)), list(groups))
+    ax.set(ylim=(len(groups) - 0.4, -0.6), xlabel=f"{x} (dot: a seed, bar: their mean)", title=title)
+    percent(ax.xaxis, 1 if ax.get_xlim()[1] - ax.get_xlim()[0] < 0.05 else 0)
+    ax.grid(axis="x", color=PALE, linewidth=0.8)
+    ax.set_axisbelow(True)
+    return figure
+
+
+def pixel_maps(maps: Mapping[str, Any], *, units: Sequence[str] = (), palette: str = "cividis") -> Figure:
+    """Pictures of one size side by side, each with its own scale; ``units`` name the scales."""
+    figure, axes = canvas(len(maps), width=3.4 * len(maps), height=3.5, squeeze=False)
+    for ax, (title, picture), unit in zip(axes[0], maps.items(), [*units, *[""] * len(maps)]):
+        drawn = ax.imshow(np.asarray(picture), cmap=palette)
+        bar = figure.colorbar(drawn, ax=ax, shrink=0.8, aspect=16, pad=0.03)
+        bar.set_label(unit)
+        bar.outline.set_visible(False)
+        ax.set_title(title, fontsize=12, loc="center")
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return figure
+
+
+def stacked(rows: Mapping[str, Mapping[str, float]], *, x: str, title: str = "", digits: int = 0) -> Figure:
+    """A bar a row, made of named parts; the total stands at its end."""
+    figure, ax = canvas(height=1.4 + 0.45 * len(rows))
+    parts = list(dict.fromkeys(p for row in rows.values() for p in row))
+    colours = dict(zip(parts, (BLUE, AMBER, PALE, GREEN)))
+    for i, row in enumerate(rows.values()):
+        left = 0.0
+        for part, value in row.items():
+            ax.barh(i, value, left=left, color=colours[part], edgecolor="white", height=0.62, hatch="///" if colours[part] == AMBER else None)
+            left += value
+        ax.annotate(f"{left:,.{digits}f}", (left, i), xytext=(5, 0), textcoords="offset points", va="center")
+    for part in parts:
+        ax.barh(0, 0, color=colours[part], hatch="///" if colours[part] == AMBER else None, edgecolor="white", label=part)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.invert_yaxis()
+    ax.set(xlabel=x, title=title)
+    ax.legend(loc="lower right")
+    return figure
+
+
+def class_change(before: Sequence[float], after: Sequence[float], classes: Sequence[str], *, title: str = "") -> Figure:
+    """Accuracy of each class before and after, the one that lost most at the top; a dashed line at the mean after."""
+    order = np.argsort(np.asarray(after) - np.asarray(before))
+    figure, ax = canvas(height=1.2 + 0.34 * len(classes))
+    for row, c in enumerate(order):
+        ax.plot([before[c], after[c]], [row, row], color=PALE, linewidth=5, zorder=1)
+    ax.plot(np.asarray(before)[order], range(len(order)), "o", color=GREY, fillstyle="none", label="before", markersize=9)
+    ax.plot(np.asarray(after)[order], range(len(order)), "D", color=VERMILLION, label="after", markersize=8)
+    ax.axvline(float(np.mean(after)), color=DARK, linestyle="--", linewidth=1.4, label="mean after")
+    ax.set_yticks(range(len(order)), [str(classes[c]) for c in order])
+    ax.invert_yaxis()
+    percent(ax.xaxis)
+    ax.set(xlabel="accuracy on the class's validation images", ylabel="class", title=title)
+    ax.legend(loc="lower left", ncols=1)
+    return figure
+
+
+def points(groups: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str, y: str, title: str = "", log: bool = True, floor: float | None = None) -> Figure:
+    """Named points {group: [(x, y, name)]}: the first group filled, the others hollow, each point with its name."""
+    figure, ax = canvas(height=4.8)
+    for (group, found), colour, marker in zip(groups.items(), cycle(COLOURS), cycle(MARKERS)):
+        ax.plot([p[0] for p in found], [p[1] for p in found], marker, color=colour, markersize=10, label=group, linestyle="none")
+        for px, py, name in found:
+            ax.annotate(name, (px, py), xytext=(8, 6), textcoords="offset points", color=colour, fontsize=12)
+    if floor is not None:
+        ax.axhline(floor, color=GREY, linewidth=1.2, linestyle=":")
+    ax.set(xscale="log" if log else "linear", xlabel=x, ylabel=y, title=title)
+    ax.legend(loc="upper left")
+    return figure
+
+
+def published(model: str) -> pd.DataFrame:
+    """Published figures for a network, each with its source, whether read there (``seen``) or in an abstract."""
+    table = pd.read_csv(Path(__file__).with_name("published.csv"))
+    return table[table.model == model].reset_index(drop=True)
