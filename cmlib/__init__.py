@@ -15,7 +15,7 @@ _PLACES = {
     "catalog": "methods", "find": "methods",
     "compress": "lab.verbs", "plan": "lab.verbs",
     "fit": "lab.train", "evaluate": "lab.train", "predict": "lab.train", "prune_and_train": "lab.train",
-    "measure": "lab.measure", "Row": "lab.measure", "over_seeds": "lab.measure", "sparse_crossover": "lab.measure",
+    "measure": "lab.measure", "Row": "lab.row", "over_seeds": "lab.row", "rows_table": "lab.row", "sparse_crossover": "lab.measure",
     "save": "lab.files", "load": "lab.files", "FileError": "lab.files",
     "load_data": "lab.data", "DataError": "lab.data", "Data": "lab.data",
     "load_net": "lab.zoo", "build": "lab.zoo", "NetError": "lab.zoo",

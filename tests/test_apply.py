@@ -43,7 +43,11 @@ def unchanged(model, before):
 @pytest.mark.parametrize(
     "where, layers",
     [
-        ("*", "conv block1.conv1 block1.conv2 block1.shortcut.conv block2.conv1 block2.conv2 block2.shortcut.conv block3.conv1 block3.conv2 fc"),
+        (
+            "*",
+            "conv block1.conv1 block1.conv2 block1.shortcut.conv block2.conv1 block2.conv2 block2.shortcut.conv "
+            "block3.conv1 block3.conv2 fc",
+        ),
         ("Linear", "fc"),
         ("block3*", "block3.conv1 block3.conv2"),
         ("*shortcut*, fc", "block1.shortcut.conv block2.shortcut.conv fc"),
@@ -95,7 +99,12 @@ def test_errors_name_what_mends_them(mlp):
         compress(mlp, "magnitude_pruning_han", unit="rows")
     with pytest.raises(ValueError, match=r"no method 'magnitude_prunning_han' \(did you mean 'magnitude_pruning_han'\?\)"):
         compress(mlp, "magnitude_prunning_han")
-    for method, wants in [("optimal_brain_damage", "hess_diag"), ("optimal_brain_surgeon", "hess_rows"), ("layerwise_obs", "acts_gram"), ("snip", "grad")]:
+    for method, wants in [
+        ("optimal_brain_damage", "hess_diag"),
+        ("optimal_brain_surgeon", "hess_rows"),
+        ("layerwise_obs", "acts_gram"),
+        ("snip", "grad"),
+    ]:
         with pytest.raises(ValueError, match=f"{method} asks for {wants}, which needs data"):
             compress(mlp, method)
 
@@ -243,14 +252,21 @@ def test_in_the_forward_pass_a_removed_weight_is_no_more(mlp, pair):
 
 
 @pytest.mark.parametrize(
-    "make, where", [("resnet18", "layer4.0.downsample*, layer4.1.conv2"), ("mobilenet_v2", "features.17*, features.18*"), ("mobilenet_v2", "features.1.*, features.2.*")]
+    "make, where",
+    [
+        ("resnet18", "layer4.0.downsample*, layer4.1.conv2"),
+        ("mobilenet_v2", "features.17*, features.18*"),
+        ("mobilenet_v2", "features.1.*, features.2.*"),
+    ],
 )
 @pytest.mark.parametrize("method", ["magnitude_pruning_han", "snip", "layerwise_obs"])
 def test_torchvisions_networks(make, where, method):
     torch.manual_seed(0)
     model = getattr(torchvision.models, make)(weights=None, num_classes=10).eval()
     if method == "layerwise_obs":
-        where = where.replace(", layer4.1.conv2", "").replace("features.17*, features.18*", "features.17.conv.1.0")  # H of 512 or 9, not 4,608
+        where = where.replace(", layer4.1.conv2", "").replace(
+            "features.17*, features.18*", "features.17.conv.1.0"
+        )  # H of 512 or 9, not 4,608
     data = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     copy = compress(model, method, where=where, data=data, keep=0.25)
     made = plan_of(copy)
@@ -285,7 +301,14 @@ def test_a_moved_knob_gives_what_a_fresh_plan_gives(mlp, pair):
     for method in SCORES:
         where = "fc2" if method == "optimal_brain_surgeon" else "*"
         planner = Planner(mlp, catalog()[method], where=where, data=pair)
-        moves = [{"keep": 0.5}, {"keep": 0.1}, {"keep": 0.1, "unit": "row"}, {"keep": 0.1, "scope": "network"}, {"threshold": 0.01}, {"keep": 0.5}]
+        moves = [
+            {"keep": 0.5},
+            {"keep": 0.1},
+            {"keep": 0.1, "unit": "row"},
+            {"keep": 0.1, "scope": "network"},
+            {"threshold": 0.01},
+            {"keep": 0.5},
+        ]
         if "damping" in planner.method.own_knobs:
             moves += [{"keep": 0.5, "damping": 0.05}, {"keep": 0.5}]
         for move in moves:

@@ -58,7 +58,11 @@ def test_no_image_is_in_two_parts(name):
     found = load_data(name)
     assert sum(len(getattr(found, p)[1]) for p in ("train", "validation", "test")) == sum(SIZES[name])
     prints = {p: {row.tobytes() for row in getattr(found, p)[0].numpy()} for p in ("train", "validation", "test")}
-    shared = [len(prints["train"] & prints["validation"]), len(prints["train"] & prints["test"]), len(prints["validation"] & prints["test"])]
+    shared = [
+        len(prints["train"] & prints["validation"]),
+        len(prints["train"] & prints["test"]),
+        len(prints["validation"] & prints["test"]),
+    ]
     assert max(shared) <= (2 if name == "fashion_mnist" else 0)
 
 
@@ -96,7 +100,9 @@ def replace(path, raw):
 def test_a_cut_file_is_named(copies):
     path = copies / "train-labels-idx1-ubyte.gz"
     replace(path, path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte.gz is not the published file \(28,778 bytes.*half written or altered.*git checkout"):
+    with pytest.raises(
+        DataError, match=r"train-labels-idx1-ubyte.gz is not the published file \(28,778 bytes.*half written or altered.*git checkout"
+    ):
         load_data("mnist")
 
 
@@ -167,7 +173,11 @@ def test_cifar10_reads_jpegs_and_keeps_the_pixels(monkeypatch, tmp_path):
 @pytest.mark.skipif(not os.environ.get(CIFAR10), reason=f"{CIFAR10} names no CIFAR-10 on this machine")
 def test_cifar10_itself():
     found = load_data("cifar10")
-    assert [tuple(p[0].shape) for p in (found.train, found.validation, found.test)] == [(45_000, 3, 32, 32), (5_000, 3, 32, 32), (10_000, 3, 32, 32)]
+    assert [tuple(p[0].shape) for p in (found.train, found.validation, found.test)] == [
+        (45_000, 3, 32, 32),
+        (5_000, 3, 32, 32),
+        (10_000, 3, 32, 32),
+    ]
     assert torch.bincount(found.validation[1]).tolist() == [500] * 10 and torch.bincount(found.test[1]).tolist() == [1000] * 10
 
 

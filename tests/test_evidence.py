@@ -179,6 +179,44 @@ def test_every_prefix_of_a_stratified_order_has_its_share_of_each_class():
     assert not torch.equal(stratified(labels, 556, seed=5), order)
 
 
+def test_frozen_weights_have_evidence_too_and_stay_frozen(mlp, digits64):
+    data = digits64[0][:50], digits64[1][:50]
+    wanted = {e: gather(mlp, weighted(mlp), e, data) for e in ("grad", "hess_diag", "hess_rows", "acts_gram")}
+    mlp.requires_grad_(False)
+    mlp.fc2.bias.requires_grad_(True)
+    for name, found in wanted.items():
+        assert all(torch.equal(v, found[n]) for n, v in gather(mlp, weighted(mlp), name, data).items())
+    assert [n for n, p in mlp.named_parameters() if p.requires_grad] == ["fc2.bias"]
+
+
+class Odd(nn.Module):
+    """One layer used twice, one used once, one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.once, self.never = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.once(self.twice(self.twice(x)).tanh())
+
+
+def test_layers_used_twice_or_never_are_told_not_guessed():
+    model, data = Odd(), (torch.rand(20, 4), torch.randint(0, 3, (20,)))
+    for method in ("optimal_brain_damage", "layerwise_obs"):
+        with pytest.raises(ValueError, match=r"layer twice is used more than once.*where"):
+            plan(model, method, data=data)
+    with pytest.raises(ValueError, match=r"layer never takes no part in the forward pass.*no acts_gram.*where"):
+        plan(model, "layerwise_obs", data=data, where="!twice")
+    made = plan(model, "snip", data=data, keep=0.7)  # a gradient adds up over uses, and is 0 where there is none
+    assert made["never"].kept < made["twice"].kept
+
+
+def test_snip_without_any_gradient_is_a_tie_not_a_nan():
+    model = nn.Sequential(nn.Linear(4, 3))
+    kept = plan(model, "snip", data=(torch.zeros(6, 4), torch.zeros(6, dtype=torch.int64)), keep=0.5)["0"].mask
+    assert kept.flatten().tolist() == [True] * 6 + [False] * 6
+
+
 def test_errors_say_what_is_wanted(mlp, digits):
     with pytest.raises(ValueError, match=r"snip asks for grad, which needs data: pass data=load_data"):
         plan(mlp, "snip")

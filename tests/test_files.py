@@ -1,5 +1,6 @@
 """A file is exactly as long as what it holds, gives back what was saved bit for bit, and nothing wrong with it passes."""
 
+import hashlib
 import json
 import random
 import tracemalloc
@@ -97,6 +98,17 @@ def test_any_safetensors_reader_reads_it(path):
     assert said["format"] == 1 and said["net"] == {"net": "lenet300", "data": "mnist", "seed": 0}
     assert said["layers"]["fc1"] == {"type": "masked", "storage": "bitmap", "shape": [300, 784]}
     assert names == {f"fc{i}.{part}" for i in (1, 2, 3) for part in ("bias", "weight|values", "weight|bitmap")}
+
+
+def test_the_sha256_is_made_as_documented(path):
+    save(pruned(), path)
+    with safetensors.safe_open(path, "np") as file:
+        said, arrays = json.loads(file.metadata()["cmlib"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    claimed = said.pop("sha256")
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(arrays):
+        digest.update(f"\n{name}\ntorch.{arrays[name].dtype}\n{list(arrays[name].shape)}\n".encode() + arrays[name].tobytes())
+    assert claimed == digest.hexdigest()
 
 
 def test_a_dense_model_is_saved_and_loaded(path):

@@ -29,7 +29,7 @@ def imported(path, text):
         elif isinstance(node, ast.ImportFrom):
             base = list(parts[: len(parts) - node.level]) if node.level else []
             base += node.module.split(".") if node.module else []
-            names = [base + [a.name] for a in node.names]
+            names = [[*base, a.name] for a in node.names]
         else:
             continue
         for name in names:
@@ -51,7 +51,8 @@ def test_every_part_is_known():
 
 
 @pytest.mark.parametrize(
-    "line", ["from ..lab import zoo", "from cmlib.lab.zoo import build", "import cmlib.lab.zoo", "def f():\n    from ..lab.zoo import build"]
+    "line",
+    ["from ..lab import zoo", "from cmlib.lab.zoo import build", "import cmlib.lab.zoo", "def f():\n    from ..lab.zoo import build"],
 )
 def test_the_walk_sees_an_import_upward_however_it_is_written(line):
     assert ("lab", "cmlib") in list(imported(PACKAGE / "core" / "example.py", line))

@@ -26,7 +26,7 @@ def test_every_methods_defaults_are_allowed_and_its_corners_bind(method):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key)
 def test_every_method_says_what_it_is_and_asks_for_what_there_is(method):
-    assert method.title and "survey 00" in method.__doc__ or method.key == "random_pruning"
+    assert method.title and ("survey 00" in method.__doc__ or method.key == "random_pruning")
     assert method.chapter == "02" and method.paper and method.kind == "score"
     assert set(method.asks) <= {"w", "training", *PROVIDERS}
     keyword = [p for p in inspect.signature(method.fn).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "state"]
@@ -43,7 +43,9 @@ def test_a_value_outside_is_refused_with_knob_value_and_range(method):
 
 
 def test_a_misspelt_knob_is_answered_with_the_nearest_and_all():
-    with pytest.raises(ValueError, match=r"magnitude_pruning_han has no knob 'kep' \(did you mean 'keep'\?\); its knobs are keep, threshold, unit"):
+    with pytest.raises(
+        ValueError, match=r"magnitude_pruning_han has no knob 'kep' \(did you mean 'keep'\?\); its knobs are keep, threshold, unit"
+    ):
         magnitude_pruning_han.bind({"kep": 0.1})
     with pytest.raises(ValueError, match=r"no knob 'zzz'; its knobs are"):
         magnitude_pruning_han.bind({"zzz": 0.1})
@@ -51,7 +53,7 @@ def test_a_misspelt_knob_is_answered_with_the_nearest_and_all():
 
 @pytest.mark.parametrize("value", [0, 0.0, 1.5, -1, math.nan, math.inf, "0.1", True, None, [0.1]])
 def test_keep_takes_numbers_in_its_range_only(value):
-    with pytest.raises(ValueError, match="keep=.*a number from 0.001 to 1"):
+    with pytest.raises(ValueError, match=r"keep=.*a number from 0.001 to 1"):
         magnitude_pruning_han.bind({"keep": value})
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from cmlib.core.apply import attach, plan_of
+from cmlib.core.apply import attach, baked, plan_of
 from cmlib.core.packed import Masked
 from cmlib.lab import measure as measuring
 from cmlib.lab.files import load, save, sizes
-from cmlib.lab.measure import first_faster, latency, measure, over_seeds, peak_memory, rows_table, sparse_crossover
+from cmlib.lab.measure import first_faster, latency, measure, peak_memory, sparse_crossover
+from cmlib.lab.row import over_seeds, rows_table
 from cmlib.lab.train import evaluate
 from cmlib.lab.verbs import compress
 from cmlib.lab.zoo import build
@@ -208,7 +209,7 @@ def test_a_wide_model_is_slower_than_a_thin_one():
 def test_plain_weights_lie_as_the_models_own():
     model = build("resnet", "mnist")
     stride = model.block1.conv1.weight.stride()
-    assert measuring._plain(pruned(model)).block1.conv1.weight.stride() == stride != model.block1.conv1.weight.contiguous().stride()
+    assert baked(pruned(model)).block1.conv1.weight.stride() == stride != model.block1.conv1.weight.contiguous().stride()
 
 
 @pytest.mark.parametrize("batch", [1, 16])

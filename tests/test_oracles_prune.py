@@ -154,7 +154,7 @@ def test_obs_2_successive_deletions_end_at_least_squares_on_the_columns_left(d):
 def test_obs_2_the_order_and_the_weights_are_those_of_the_paper_step_by_step():
     x, y = linreg(n=120, d=20, mix=1.0)
     w, h = optimum(x, y).flatten(), hessian_of(x)
-    expected, order, paid = surgeon_by_hand(w, h, 20)
+    _, order, paid = surgeon_by_hand(w, h, 20)
     costs = methods.optimal_brain_surgeon(w, x, damping=0.0)
     assert costs.argsort().tolist() == order
     assert torch.allclose(costs[order], torch.tensor(paid, dtype=F64).cummax(0).values, rtol=1e-8)
@@ -410,7 +410,7 @@ class Crowd:
 
 
 def test_han_5_iterative_beats_one_shot_beats_no_retraining_and_kept_weights_beat_new_ones(digits):
-    """Mean over 10 seeds, 1,221 training images without noise: 600 steps of Adam at 0.01, 95 % of each layer pruned, 900 more in each branch."""
+    """Mean over 10 seeds, 1,221 training images, no noise: 600 steps of Adam at 0.01, 95 % of each layer gone, 900 more in each branch."""
     crowd = Crowd(digits, 10)
     full = crowd.masks(crowd.start, 1.0)
     trained = crowd.train(crowd.start, full, 600)
@@ -631,7 +631,10 @@ def test_snip_4_dead_pixels_score_zero_and_go_first(digits):
     every = len(images)
     g = gather(model, weighted(model), "grad", digits, samples=every)["fc1"]
     assert (methods.snip(model.fc1.weight.detach(), g)[:, dead] == 0).all()
-    masks = {m: plan(model, m, where="fc1", data=digits, samples=every, keep=0.8)["fc1"].mask for m in ("snip", "random_pruning", "magnitude_pruning_han")}
+    masks = {
+        m: plan(model, m, where="fc1", data=digits, samples=every, keep=0.8)["fc1"].mask
+        for m in ("snip", "random_pruning", "magnitude_pruning_han")
+    }
     assert not masks["snip"][:, dead].any()
     assert masks["random_pruning"][:, dead].double().mean() > 0.6
     assert masks["magnitude_pruning_han"][:, dead].double().mean() > 0.6
@@ -659,7 +662,10 @@ def test_snip_5_gradients_are_summed_over_batches_before_the_absolute_value(mlp,
     g = gather(mlp, weighted(mlp), "grad", (x, labels), samples=900)["fc1"]
     whole = torch.autograd.grad(F.cross_entropy(mlp(x), labels), mlp.fc1.weight)[0]
     assert torch.allclose(g, whole, rtol=0, atol=1e-12)
-    each = [torch.autograd.grad(F.cross_entropy(mlp(a), b), mlp.fc1.weight)[0].abs() for a, b in zip(x.split(256), labels.split(256), strict=True)]
+    each = [
+        torch.autograd.grad(F.cross_entropy(mlp(a), b), mlp.fc1.weight)[0].abs()
+        for a, b in zip(x.split(256), labels.split(256), strict=True)
+    ]
     assert not torch.allclose(g.abs(), sum(each) / len(each), rtol=0, atol=1e-4)
 
 
@@ -667,7 +673,7 @@ def test_snip_5_gradients_are_summed_over_batches_before_the_absolute_value(mlp,
 
 
 def test_svd_1_the_approximation_is_the_kl():
-    """Monte Carlo of -log(alpha)/2 + E log|1 + sqrt(alpha) eps|; as alpha grows it tends to E log|eps| = -(gamma + log 2)/2, the constant."""
+    """Monte Carlo of -log(alpha)/2 + E log|1 + sqrt(alpha) eps|; its constant is the limit E log|eps| = -(gamma + log 2)/2."""
     log_alpha = torch.linspace(-8, 8, 33, dtype=F64)
     eps = torch.randn(300_000, dtype=F64)
     root = (log_alpha / 2).exp()
@@ -718,7 +724,7 @@ RELEVANT, IRRELEVANT, NOISE = 4, 12, 0.5
 
 
 def planted(seed=0, outputs=6, n=200):
-    """``outputs`` regressions side by side, each a draw of its own: four inputs matter, twelve do not; orthonormal design, X^T X / N = I."""
+    """``outputs`` regressions side by side, each a draw of its own: four inputs matter, twelve do not; X^T X / N = I."""
     true = torch.zeros(RELEVANT + IRRELEVANT, outputs, dtype=F64)
     true[:RELEVANT] = torch.tensor([1.0, -1.5, 2.0, -1.0], dtype=F64)[:, None]
     x, _ = linreg(n=n, d=RELEVANT + IRRELEVANT, seed=seed)
@@ -739,7 +745,7 @@ def variational(x, y, steps=1000, **knobs):
 
 
 def test_svd_4_planted_irrelevant_inputs_become_noise():
-    """Six regressions, N = 200, noise 0.5 without its chance correlation with the irrelevant inputs, 1,000 full-batch steps of Adam at 0.05."""
+    """Six regressions, N = 200, noise 0.5 uncorrelated with the irrelevant inputs, 1,000 full-batch steps of Adam at 0.05."""
     x, y = planted()
     idle = x[:, RELEVANT:]
     y = y - idle @ optimum(idle, y)
@@ -752,8 +758,8 @@ def test_svd_4_planted_irrelevant_inputs_become_noise():
 def test_svd_4_an_irrelevant_input_that_chance_correlates_stays():
     """The claim without that care fails, and not for want of training: z = (least squares) / (its standard error) decides.
 
-    With X^T X / N = I each weight is alone: z^2 ((t - 1)^2 + alpha t^2) / 2 + KL(alpha), best at t = 1 / (1 + alpha). From z of about 1 on the best
-    log alpha is below 3, so that some 3 in 10 irrelevant inputs stay.
+    With X^T X / N = I each weight is alone: z^2 ((t - 1)^2 + alpha t^2) / 2 + KL(alpha), best at t = 1 / (1 + alpha). From z of
+    about 1 on the best log alpha is below 3, so that some 3 in 10 irrelevant inputs stay.
     """
     log_alpha = torch.linspace(-12, 14, 2601, dtype=F64)
     cost = lambda z: z**2 / 2 * torch.sigmoid(log_alpha) + methods.kl_log_uniform(log_alpha)  # noqa: E731
@@ -837,7 +843,7 @@ def test_l0_3_the_pathwise_gradient_is_the_finite_difference_on_the_same_draws(l
 
 @pytest.mark.parametrize("lam, start", [(0.3, 1.0), (3.0, -1.0)])
 def test_l0_4_one_weight_ends_at_the_cost_that_a_grid_finds(lam, start):
-    """J(log alpha) = lam P(z != 0) + E (1 - z)^2 with y = theta = 1: its optimum lies at infinity, so J is compared; 8 starts, 800 steps of Adam."""
+    """J = lam P(z != 0) + E (1 - z)^2, y = theta = 1: its optimum lies at infinity, so J is compared; 8 starts, 800 steps of Adam."""
     u = (torch.arange(20_000, dtype=F64) + 0.5) / 20_000
 
     def cost(a, draws):

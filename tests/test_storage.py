@@ -124,7 +124,7 @@ def test_spoiled_arrays_are_refused(format, arrays, header):
 
 
 def test_an_unknown_format_is_named():
-    with pytest.raises(ValueError, match="'zip'.*bitmap"):
+    with pytest.raises(ValueError, match=r"'zip'.*bitmap"):
         storage.encode(np.ones((2, 2)), np.ones((2, 2), bool), "zip")
     with pytest.raises(ValueError, match="'zip'"):
         storage.decode({"values": np.ones(4)}, "zip", (2, 2))

@@ -170,7 +170,13 @@ def test_the_schedule_rises_for_a_tenth_and_falls_to_nothing(digits):
     assert rates[0] < 0.01 and rates[-1] < 0.001
     assert all(a < b for a, b in zip(rates[:top], rates[1 : top + 1])) and all(a > b for a, b in zip(rates[top:-1], rates[top + 1 :]))
     rates.clear()
-    fit(build("linear", "digits"), digits, lr=0.1, schedule="constant", hooks=[Hook(before=lambda m, r: rates.append(r.param_groups[0]["lr"]))])
+    fit(
+        build("linear", "digits"),
+        digits,
+        lr=0.1,
+        schedule="constant",
+        hooks=[Hook(before=lambda m, r: rates.append(r.param_groups[0]["lr"]))],
+    )
     assert set(rates) == {0.1}
 
 
@@ -199,23 +205,25 @@ def test_shifted_moves_each_image_over_black():
     x[:, 0, 3, 2] = 1
     moved = shifted(x, torch.Generator().manual_seed(0), by=2)
     rows, columns = moved[:, 0].flatten(1).argmax(1).div(7, rounding_mode="floor"), moved[:, 0].flatten(1).argmax(1) % 7
-    assert (moved.flatten(1).sum(1) == 1).all() and rows.unique().tolist() == [1, 2, 3, 4, 5] and columns.unique().tolist() == [0, 1, 2, 3, 4]
+    assert (
+        (moved.flatten(1).sum(1) == 1).all() and rows.unique().tolist() == [1, 2, 3, 4, 5] and columns.unique().tolist() == [0, 1, 2, 3, 4]
+    )
     mirrored = shifted(x, torch.Generator().manual_seed(0), by=0, flip=True)[:, 0, 3]
     assert 100 < int(mirrored[:, 4].sum()) < 200 and (mirrored[:, 2] + mirrored[:, 4] == 1).all()
 
 
 def test_learning_methods_train_through_fit_and_get_sparser(digits):
-    """Each reaches a mask of its own on the trained digits MLP in 8 epochs, and stays well above chance (0.1)."""
+    """Each reaches a mask of its own on the trained digits MLP in 8 epochs (the gates in 15), and stays well above chance (0.1)."""
     settings = {
         "l1_weight_regularization": {"lam": 1e-2},
         "dynamic_network_surgery": {"c": 0.5},
         "sparse_variational_dropout": {"log_sigma2": -5.0},
-        "l0_hard_concrete": {"lam": 3.0},
+        "l0_hard_concrete": {"lam": 10.0},
     }
     for method, knobs in settings.items():
         copy = compress(load_net("mlp", "digits"), method, **knobs)
         rule = {"lr": 0.1, "optimizer": torch.optim.SGD} if method.startswith("l1") else {"lr": 0.02, "optimizer": torch.optim.Adam}
-        fit(copy, digits, epochs=8, batch=64, keep_best=False, **rule)
+        fit(copy, digits, epochs=15 if method.startswith("l0") else 8, batch=64, keep_best=False, **rule)
         kept = sum(int((layer.weight != 0).sum()) for _, layer, _ in attached(copy.eval()))
         assert kept < 0.9 * 2368 and evaluate(copy, digits) > 0.6, (method, kept)
 

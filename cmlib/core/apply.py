@@ -147,13 +147,20 @@ def gather(model: nn.Module, layers: dict[str, nn.Module], name: str, data: Any,
     if data is None:
         raise ValueError(f"{owner} asks for {name}, which needs data: pass data=load_data(...) or a pair (images, labels)")
     x, y = (t.to(device_of(model)) for t in sample(data, samples))
-    modes = [(m, m.training) for m in model.modules()]
+    modes, fixed = [(m, m.training) for m in model.modules()], [p for p in model.parameters() if not p.requires_grad]
     try:
+        for p in fixed:  # frozen weights have gradients and curvature too
+            p.requires_grad_(True)
         with parametrize.cached():  # an attached layer's weight is one tensor, the same for the forward pass and its gradient
-            return {n: v.detach() for n, v in PROVIDERS[name](model.eval(), layers, as_input(x), y, loss).items()}
+            found = PROVIDERS[name](model.eval(), layers, as_input(x), y, loss)
     finally:
+        for p in fixed:
+            p.requires_grad_(False)
         for module, mode in modes:
             module.training = mode
+    if idle := [n for n in layers if n not in found]:
+        raise ValueError(f"layer {idle[0]} takes no part in the forward pass, so it has no {name}; leave it out with where=...")
+    return {n: v.detach() for n, v in found.items()}
 
 
 def _end_to_end(given: dict[str, dict[str, Any]]) -> dict[str, Any]:

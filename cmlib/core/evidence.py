@@ -26,7 +26,8 @@ def grad(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> 
     """Gradient of the mean loss over the sample, summed before anything else is done to it. Shape of ``w``."""
     total = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
     for xs, ys in zip(x.split(256), y.split(256), strict=True):
-        parts = torch.autograd.grad(loss(model(xs), ys) * (len(xs) / len(x)), [m.weight for m in layers.values()])
+        mean = loss(model(xs), ys) * (len(xs) / len(x))
+        parts = torch.autograd.grad(mean, [m.weight for m in layers.values()], allow_unused=True, materialize_grads=True)
         for name, part in zip(layers, parts, strict=True):
             total[name] += part
     return total
@@ -92,6 +93,8 @@ def _watched(layers: Layers) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, a: Tensor, out: Tensor) -> Tensor:
+        if name in seen:
+            raise ValueError(f"layer {name} is used more than once in a forward pass: no such evidence of it; leave it out with where=...")
         seen[name] = a.detach(), out
         return out.clone()  # what follows may overwrite it, as nn.ReLU(inplace=True) does
 

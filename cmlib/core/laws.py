@@ -1,7 +1,7 @@
 """Laws: what every method must keep, each a short plain function over a method that raises AssertionError with a sentence.
 
-The same text is a unit test over the whole catalogue, the check of an exercise, and a demonstration in a notebook. ``laws_of(method)`` lists
-those that bind a method; ``exemption(law, method)`` is the reason why it cannot meet one, or nothing.
+The same text is a unit test over the whole catalogue, the check of an exercise, and a demonstration in a notebook. ``laws_of(method)``
+lists those that bind a method; ``exemption(law, method)`` is the reason why it cannot meet one, or nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEEPS = (0.9, 0.5, 0.13)
 
 
 def subject(seed: int = 0) -> tuple[nn.Module, Pair]:
-    """What the laws are tried on: a small float64 network of two convolutions and a dense layer (318 weights), and 40 images with labels."""
+    """What the laws are tried on: a float64 network of two convolutions and a dense layer (318 weights), and 40 images with labels."""
     draw = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double().eval()
     with torch.no_grad():
@@ -40,7 +40,7 @@ def subject(seed: int = 0) -> tuple[nn.Module, Pair]:
 
 
 def finite(method: Method) -> None:
-    """Scores have their weight's shape (or broadcast to it) and are finite, as is the packed weight, at every corner of the method's own knobs."""
+    """Scores have their weight's shape (or broadcast to it) and are finite, as is the packed weight, at the corners of the own knobs."""
     planner = _planner(method)
     for knobs in _corners(method):
         try:

@@ -11,6 +11,7 @@ with ``w`` in place of its own latent values: what a training forward sees.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,24 @@ class Masked:
     state: State = field(default_factory=dict)
 
     def through(self, w: Tensor) -> Tensor:
-        kept = torch.where(self.mask, w, torch.zeros((), dtype=w.dtype, device=w.device))
+        kept = w.masked_fill(~self.mask, 0)  # unlike torch.where, in the memory layout of the weight, which convolutions run in
         return w + (kept - w).detach() if self.straight and torch.is_grad_enabled() else kept
 
     def dense(self) -> Tensor:
         return self.through(self.values)
 
+    @cached_property
+    def kept(self) -> int:
+        """How many weights stay."""
+        return int(np.count_nonzero(self.mask.cpu().numpy()))
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return storage.nbytes(self.mask.cpu().numpy(), self.values.element_size())
+
     def sizes(self) -> dict[str, int]:
         """Bytes in each storage format."""
-        return storage.nbytes(self.mask.cpu().numpy(), self.values.element_size())
+        return self._sizes
 
     def format(self) -> str:
         """The storage format in use: as asked, or the smallest."""
@@ -71,13 +81,8 @@ class Masked:
         return cls(torch.from_numpy(values.copy()), torch.from_numpy(mask), meta["storage"])
 
     def frozen(self) -> Masked:
-        """The same with nothing left to learn: detached, without state."""
-        return replace(self, values=self.values.detach(), mask=self.mask.detach(), straight=False, state={})
-
-    @property
-    def kept(self) -> int:
-        """How many weights stay."""
-        return int(self.mask.sum())
+        """The same with nothing left to learn: a copy, detached, without state."""
+        return replace(self, values=self.values.detach().clone(), mask=self.mask.detach().clone(), straight=False, state={})
 
 
 Packed = Masked  # later chapters add Codes, Factors, Operator and Coded

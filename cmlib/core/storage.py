@@ -63,7 +63,7 @@ def encode(values: np.ndarray, mask: np.ndarray, format: str) -> tuple[Arrays, d
     """The arrays of a format, and the few numbers (k) that its header needs. ``values`` (out, ...) as they would be used."""
     flat, kept = values.reshape(-1), mask.reshape(-1)
     if format == "dense":
-        return {"values": flat * kept}, {}
+        return {"values": np.where(kept, flat, flat.dtype.type(0))}, {}
     if format == "bitmap":
         return {"values": flat[kept], "bitmap": np.packbits(kept)}, {}
     if format == "csr":
@@ -94,7 +94,7 @@ def decode(arrays: Arrays, format: str, shape: tuple[int, ...], k: int = 0) -> t
     values = arrays["values"]
     if format == "dense":
         _need(len(values) == total, "the values are not as many as the shape asks")
-        return values.reshape(shape), (values != 0).reshape(shape)
+        return values.reshape(shape), ((values != 0) | np.signbit(values)).reshape(shape)  # a removed weight is +0, a kept one may be -0
     if format == "bitmap":
         _need(len(arrays["bitmap"]) == -(-total // 8), "the bitmap does not fit the shape")
         place = np.flatnonzero(np.unpackbits(arrays["bitmap"], count=total))

@@ -165,7 +165,7 @@ def snip(w, grad):
     gradient is summed over the sample before the absolute value.
     """
     s = (w * grad).abs()
-    return s / s.sum()
+    return s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
 
 
 def soft_threshold(w: Tensor, t: float) -> Tensor:

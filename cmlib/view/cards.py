@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,17 +38,25 @@ class LayerView:
 
     def __init__(self, name: str, weight: Tensor) -> None:
         self.name, self.weight = name, weight.detach().cpu()
+        self.sorted, self.order = self.weight.abs().flatten().sort()
         self.label = f"{name} {'×'.join(str(n) for n in weight.shape)}"
-        self.reach = max(float(self.weight.abs().flatten().kthvalue(max(1, int(0.999 * weight.numel())))[0]), 1e-12)
+        self.reach = max(self.sorted[int(0.999 * (weight.numel() - 1))].item(), 1e-12)
         scaled = ((self.weight.flatten() / self.reach + 1) / 2 * BINS).clamp(0, BINS - 1)
         self.bins = scaled.to(torch.int64)
         self.counts = torch.bincount(self.bins, minlength=BINS).tolist()
         self.before = self.pictures(self.weight)
 
-    def histogram(self, mask: Tensor, cut: float | None) -> dict[str, Any]:
-        kept = torch.bincount(self.bins, weights=mask.flatten().float(), minlength=BINS)
+    def cut(self, mask: Tensor) -> float | None:
+        """The magnitude below which weights went, where magnitude is what decided; None elsewhere."""
+        by_size, gone = mask.flatten()[self.order], int(mask.numel() - np.count_nonzero(mask.numpy()))
+        if gone in (0, mask.numel()) or by_size[:gone].any():
+            return None
+        return (self.sorted[gone - 1] + self.sorted[gone]).item() / 2
+
+    def histogram(self, mask: Tensor) -> dict[str, Any]:
+        kept, cut = torch.bincount(self.bins[mask.flatten()], minlength=BINS), self.cut(mask)
         card = {"kind": "histogram", "caption": f"weight value (√ count) · {self.label}", "edges": [-self.reach, self.reach]}
-        return {**card, "counts": self.counts, "kept": kept.to(torch.int64).tolist(), "cut": cut, "cut_label": f"threshold ±{cut:.2g}" if cut is not None else ""}
+        return {**card, "counts": self.counts, "kept": kept.tolist(), "cut": cut, "cut_label": f"threshold ±{cut:.2g}" if cut is not None else ""}
 
     def pictures(self, w: Tensor) -> Tensor | None:
         """The first units as small images (n, h, w) with 128 for zero: filters of a convolution, input images of a first dense layer."""
@@ -69,8 +78,8 @@ class LayerView:
         alt = f"{n} {what} of {self.name} as pictures, before and after compression"
         out.add({**card, "alt": alt}, before=self.before, after=self.pictures(w))
 
-    def map(self, out: Cards, mask: Tensor) -> None:
-        """Where the kept weights sit: per input pixel for a first dense layer, else the weight matrix seen from afar."""
+    def map(self, out: Cards, mask: Tensor, kept: int) -> None:
+        """Where the ``kept`` weights sit: per input pixel for a first dense layer, else the weight matrix seen from afar."""
         side = round(mask.shape[1] ** 0.5)
         if mask.dim() == 2 and side * side == mask.shape[1] and side >= 8:
             shares = mask.float().mean(0).reshape(side, side)
@@ -80,7 +89,7 @@ class LayerView:
             size = min(matrix.shape[0], 64), min(matrix.shape[1], 96)
             picture, caption = F.adaptive_avg_pool2d(matrix[None, None], size)[0, 0], f"share kept · {self.name} as a matrix, outputs down, inputs across"
         h, w = picture.shape
-        card = {"kind": "image", "h": h, "w": w, "palette": "sequential", "caption": caption, "alt": f"{caption}; {mask.float().mean().item():.1%} of the weights stay"}
+        card = {"kind": "image", "h": h, "w": w, "palette": "sequential", "caption": caption, "alt": f"{caption}; {kept / mask.numel():.1%} of the weights stay"}
         out.add(card, buffer=(picture * 255).to(torch.uint8))
 
 

@@ -128,8 +128,9 @@ class Explorer(anywidget.AnyWidget):
         """The cards of the pictured layer and the bars of all."""
         out, name = cards.Cards([], []), self.layer
         packed, view = state.plan[name], self.views[name]
-        out.add(view.histogram(packed.mask.cpu(), self._cut(state)))
-        view.map(out, packed.mask.cpu())
+        mask = packed.mask.cpu()
+        out.add(view.histogram(mask))
+        view.map(out, mask, packed.kept)
         view.strip(out, state.weights[name].cpu())
         self._feature_maps(out, state)
         out.add(cards.shares(state.plan))
@@ -141,14 +142,6 @@ class Explorer(anywidget.AnyWidget):
             self.maps[self.layer] = cards.feature_maps(self.live.model, self.layer, x, {}) if self.views[self.layer].weight.dim() == 4 else None
         if self.maps[self.layer] is not None:
             cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(self.live.model, self.layer, x, state.weights))
-
-    def _cut(self, state: State) -> float | None:
-        """The magnitude below which weights of the pictured layer went, where that is what decided."""
-        mask, w = state.plan[self.layer].mask, self.planner.weights[self.layer].abs()
-        if mask.all() or not mask.any():
-            return None
-        lowest, highest = w[mask].min().item(), w[~mask].max().item()
-        return (lowest + highest) / 2 if highest <= lowest else None
 
     # what is said of it -----------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The pictures that the notebooks share, each a short function that returns the Figure.
 
 The colours are Okabe and Ito's, which stay apart for colour-blind eyes; lines also differ by marker, and are named beside where they end.
-``show`` puts a picture and its text twin on the page.
+``show`` puts a picture and its text twin on the page. Importing this module puts matplotlib into the kit's look.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
 
 BLUE, VERMILLION, AMBER, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 DARK, GREY, PALE = "#333333", "#767676", "#D9D9D9"
@@ -26,15 +28,15 @@ MARKERS = "osD^vPX"
 LOOK = {
     "font.size": 13, "axes.titlesize": 14, "axes.labelsize": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "legend.fontsize": 12,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.titlelocation": "left", "legend.frameon": False,
-    "lines.linewidth": 2.2, "lines.markersize": 7, "figure.dpi": 110, "figure.constrained_layout.use": True,
+    "lines.linewidth": 2.2, "lines.markersize": 7, "figure.dpi": 110, "figure.constrained_layout.use": True, "hatch.linewidth": 0.6,
 }  # fmt: skip
+plt.rcParams.update(LOOK)
 
 
 def canvas(columns: int = 1, *, width: float = 8.5, height: float = 3.8, **settings: Any) -> tuple[Figure, Any]:
-    """(figure, axes) in the kit's look; the page shows it only where it is asked to."""
-    with plt.rc_context(LOOK):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), **settings)
-        plt.close(figure)
+    """(figure, axes) side by side in the kit's look; the page shows the figure where it is asked to, not by itself."""
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), **settings)
+    plt.close(figure)
     return figure, axes
 
 
@@ -49,17 +51,23 @@ def say(text: str) -> None:
     display(Markdown(text))
 
 
-def percent(axis: Any, digits: int = 0) -> None:
-    """Write a share's axis as percent."""
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.{digits}f} %"))
+def percent(axis: Axis) -> None:
+    """Write an axis of shares as percent."""
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
-def share_axis(ax: Axes, ticks: Sequence[float] = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005), label: str = "weights kept") -> None:
-    """A logarithmic axis of shares kept, dense at the left: compression grows to the right."""
-    ax.set_xscale("log")
+def log_axis(axis: Axis, ticks: Sequence[float], text: str = "{:g}") -> None:
+    """A logarithmic axis with these ticks alone, each written as ``text``."""
+    axis._set_axes_scale("log")
+    axis.set_ticks(ticks, [text.format(t) for t in ticks])
+    axis.set_minor_locator(NullLocator())
+
+
+def share_axis(ax: Axes, shares: Sequence[float], label: str = "weights kept") -> None:
+    """A logarithmic axis that holds ``shares``, the largest at the left: compression grows to the right."""
+    ticks = [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if min(shares) * 0.99 <= t <= max(shares) * 1.01]
+    log_axis(ax.xaxis, ticks)
     ax.set_xticks(ticks, [f"{100 * t:g} %" for t in ticks])
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.invert_xaxis()
     ax.set_xlabel(f"{label} (log scale)")
 
@@ -76,7 +84,7 @@ def weight_histogram(w: Any, cut: float | None = None, *, title: str = "", reach
         for x in (-cut, cut):
             ax.axvline(x, color=VERMILLION, linewidth=1.8, linestyle="--", label=f"threshold ±{cut:.3f}" if x > 0 else None)
         ax.legend(loc="upper right")
-    ax.set(yscale="log", xlabel="weight value (no unit)", ylabel="weights per bin (log)", title=title)
+    ax.set(yscale="log", xlabel="weight value (no unit)", ylabel="weights per bin", title=title)
     return figure
 
 
@@ -91,7 +99,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Any]], *, x: str = "", y:
         ax.fill_between(xs, ys.min(0), ys.max(0), color=colour, alpha=0.18, linewidth=0)
         ends.append((ys.mean(0)[-1], name, colour))
     if shares:
-        share_axis(ax, [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if t >= 0.99 * min(min(xs) for xs, _ in series.values())])
+        share_axis(ax, [x for xs, _ in series.values() for x in xs])
         percent(ax.yaxis)
     else:
         ax.set_xlabel(x)
@@ -123,7 +131,7 @@ def dots(groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validat
         ax.annotate(f"{100 * np.mean(values):.1f} %", (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(groups)), list(groups))
     ax.set(ylim=(len(groups) - 0.4, -0.6), xlabel=f"{x} (dot: a seed, bar: their mean)", title=title)
-    percent(ax.xaxis, 1 if ax.get_xlim()[1] - ax.get_xlim()[0] < 0.05 else 0)
+    percent(ax.xaxis)
     ax.grid(axis="x", color=PALE, linewidth=0.8)
     ax.set_axisbelow(True)
     return figure
@@ -180,18 +188,38 @@ def class_change(before: Sequence[float], after: Sequence[float], classes: Seque
     return figure
 
 
-def points(groups: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str, y: str, title: str = "", log: bool = True, floor: float | None = None) -> Figure:
-    """Named points {group: [(x, y, name)]}: the first group filled, the others hollow, each point with its name."""
+def points(groups: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str, y: str, title: str = "", ticks: Sequence[float] = (),
+           floor: float | None = None) -> Figure:  # fmt: skip
+    """Named points {group: [(x, y, name)]}, each group of its own shape; ``ticks`` make the x axis logarithmic."""
     figure, ax = canvas(height=4.8)
     for (group, found), colour, marker in zip(groups.items(), cycle(COLOURS), cycle(MARKERS)):
         ax.plot([p[0] for p in found], [p[1] for p in found], marker, color=colour, markersize=10, label=group, linestyle="none")
-        for px, py, name in found:
-            ax.annotate(name, (px, py), xytext=(8, 6), textcoords="offset points", color=colour, fontsize=12)
+    if ticks:
+        log_axis(ax.xaxis, ticks, "{:g}×")
     if floor is not None:
         ax.axhline(floor, color=GREY, linewidth=1.2, linestyle=":")
-    ax.set(xscale="log" if log else "linear", xlabel=x, ylabel=y, title=title)
+    ax.margins(0.12)
+    ax.set(xlabel=x, ylabel=y, title=title)
     ax.legend(loc="upper left")
+    _name_points(figure, ax, [(p, colour) for found, colour in zip(groups.values(), cycle(COLOURS)) for p in found])
     return figure
+
+
+def _name_points(figure: Figure, ax: Axes, found: list[tuple[tuple[float, float, str], str]]) -> None:
+    """Each point's name at the first place around it where it hides no other name or point."""
+    figure.draw_without_rendering()
+    spots = [Bbox.from_bounds(*(ax.transData.transform(p[:2]) - 8), 16, 16) for p, _ in found]
+    taken: list[Bbox] = []
+    for i, ((x, y, name), colour) in enumerate(found):
+        for dx, dy, side in ((10, 0, "left"), (-10, 0, "right"), (6, 12, "left"), (6, -12, "left"), (-6, 12, "right"), (-6, -12, "right"), (0, 24, "center"), (0, -24, "center")):
+            text = ax.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", color=colour, fontsize=12, ha=side, va="center")
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken + spots[:i] + spots[i + 1 :]):
+                break
+            text.remove()
+        else:
+            text = ax.annotate(name, (x, y), xytext=(10, 0), textcoords="offset points", color=colour, fontsize=12, va="center")
+        taken.append(text.get_window_extent())
 
 
 def published(model: str) -> pd.DataFrame:

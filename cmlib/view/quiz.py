@@ -16,7 +16,7 @@ class Guess(widgets.VBox):
         self.guess: float | None = None
         self.answer: float | None = None
         self.slider = widgets.FloatSlider((lo + hi) / 2, min=lo, max=hi, step=(hi - lo) / 200, description=f"guess, {unit}" if unit else "guess",
-                                          readout_format=".3~g", style={"description_width": "initial"}, layout={"width": "28em"})  # fmt: skip
+                                          readout_format=".3g", style={"description_width": "initial"}, layout={"width": "28em"})  # fmt: skip
         self.button = widgets.Button(description="lock in", tooltip="measure the answer now", button_style="warning")
         self.button.on_click(lambda _: self.reveal())
         self.said = widgets.HTML()
