@@ -352,7 +352,7 @@ def test_han_3_dead_units_leave_without_a_trace():
     w_in, b_in, w_out, b_out = (t.detach().clone() for t in (first.weight, first.bias, second.weight, second.bias))
     w_in[[1, 4, 7]] = 0
     b_in[1], b_in[4], b_in[7] = 0.0, 0.7, -0.3  # nothing, a constant, a constant that the ReLU cuts off
-    w_out[:, [2, 4]] = 0
+    w_out[:, 2] = 0
     dead = methods.dead_units(w_in, w_out)
     assert dead.nonzero().flatten().tolist() == [1, 2, 4, 7]
     x = torch.randn(50, 6, dtype=F64)

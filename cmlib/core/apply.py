@@ -21,7 +21,7 @@ from .evidence import PROVIDERS, Evidence, Loss
 from .inputs import as_input, device_of, sample
 from .knobs import nearest
 from .method import Method, call
-from .packed import Masked, Packed, State
+from .packed import Masked, Packed, State, laid_like
 from .select import Masks, Ranking, rank
 
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -223,7 +223,7 @@ class Attached(nn.Module):
         packed = self.packed(w, self.training)
         if self.method is not None and self.training:
             self._remember(packed.state)
-        return packed.through(packed.values)
+        return laid_like(packed.through(packed.values), w)
 
     def _remember(self, state: State) -> None:
         for name, value in state.items():

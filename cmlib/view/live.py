@@ -66,7 +66,8 @@ class Live:
         x = as_input(self.images)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         self.starts: dict[int, list[Tensor]] = {0: list(x.to(device).split(batch))}
-        self.stages = list(self.model.named_children()) if isinstance(self.model, nn.Sequential) else []
+        chain = type(self.model).forward is nn.Sequential.forward
+        self.stages = list(self.model._modules.items()) if chain else []  # named_children would leave out a module that stands twice
         self.dense = self.answers({})
 
     def tail(self, weights: dict[str, Tensor]) -> tuple[nn.Module, list[Tensor]]:

@@ -56,18 +56,17 @@ def percent(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
-def log_axis(axis: Axis, ticks: Sequence[float], text: str = "{:g}") -> None:
-    """A logarithmic axis with these ticks alone, each written as ``text``."""
-    axis._set_axes_scale("log")
-    axis.set_ticks(ticks, [text.format(t) for t in ticks])
-    axis.set_minor_locator(NullLocator())
+def log_axis(ax: Axes, which: str, ticks: Sequence[float], text: str = "{:g}") -> None:
+    """A logarithmic axis ("x" or "y") with these ticks alone, each written as ``text``."""
+    ax.set(**{f"{which}scale": "log", f"{which}ticks": ticks, f"{which}ticklabels": [text.format(t) for t in ticks]})
+    getattr(ax, f"{which}axis").set_minor_locator(NullLocator())
 
 
 def share_axis(ax: Axes, shares: Sequence[float], label: str = "weights kept") -> None:
     """A logarithmic axis that holds ``shares``, the largest at the left: compression grows to the right."""
     ticks = [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if min(shares) * 0.99 <= t <= max(shares) * 1.01]
-    log_axis(ax.xaxis, ticks)
-    ax.set_xticks(ticks, [f"{100 * t:g} %" for t in ticks])
+    log_axis(ax, "x", ticks)
+    ax.set_xticklabels([f"{100 * t:g} %" for t in ticks])
     ax.invert_xaxis()
     ax.set_xlabel(f"{label} (log scale)")
 
@@ -105,10 +104,16 @@ def curves(series: Mapping[str, tuple[Sequence[float], Any]], *, x: str = "", y:
         ax.set_xlabel(x)
     if floor is not None:
         ax.axhline(floor, color=GREY, linewidth=1.2, linestyle=":")
-        ax.annotate(floor_label, (0, floor), xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", color=GREY, fontsize=12)
+        _beside(ax, 0, floor, floor_label, GREY, (4, 9))
     ax.set(ylabel=y, title=title)
     _name_ends(ax, ends)
     return figure
+
+
+def _beside(ax: Axes, x: float, y: float, text: str, colour: str = DARK, shift: tuple[float, float] = (6, 0), **style: Any) -> None:
+    """Text at height ``y`` of the data, at ``x`` from the left (0) to the right (1) end of the axes."""
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+    ax.annotate(text, (x, y), xytext=shift, va="center", color=colour, fontsize=12, **where, **style)
 
 
 def _name_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
@@ -117,18 +122,19 @@ def _name_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
     gap, last = 0.068 * (high - low), -np.inf
     for y, name, colour in sorted(ends):
         last = max(y, last + gap)
-        ax.annotate(name, (1, last), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
-                    color=colour, va="center", fontsize=12, fontweight="bold", annotation_clip=False)  # fmt: skip
+        _beside(ax, 1, last, name, colour, fontweight="bold")
 
 
-def dots(groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validation images", title: str = "", marked: Sequence[str] = ()) -> Figure:
+def dots(
+    groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validation images", title: str = "", marked: Sequence[str] = ()
+) -> Figure:
     """One row a group: a dot a seed, a bar at their mean; the groups in ``marked`` (the controls) are hollow."""
     figure, ax = canvas(height=1.2 + 0.46 * len(groups))
     for row, (name, values) in enumerate(groups.items()):
         colour = GREY if name in marked else BLUE
         ax.plot(values, [row] * len(values), "o", color=colour, fillstyle="none" if name in marked else "full", markersize=9, alpha=0.85)
         ax.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=DARK, linewidth=2.5)
-        ax.annotate(f"{100 * np.mean(values):.1f} %", (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center")
+        _beside(ax, 1, row, f"{100 * np.mean(values):.1f} %")
     ax.set_yticks(range(len(groups)), list(groups))
     ax.set(ylim=(len(groups) - 0.4, -0.6), xlabel=f"{x} (dot: a seed, bar: their mean)", title=title)
     percent(ax.xaxis)
@@ -156,14 +162,14 @@ def stacked(rows: Mapping[str, Mapping[str, float]], *, x: str, title: str = "",
     figure, ax = canvas(height=1.4 + 0.45 * len(rows))
     parts = list(dict.fromkeys(p for row in rows.values() for p in row))
     colours = dict(zip(parts, (BLUE, AMBER, PALE, GREEN)))
-    for i, row in enumerate(rows.values()):
-        left = 0.0
-        for part, value in row.items():
-            ax.barh(i, value, left=left, color=colours[part], edgecolor="white", height=0.62, hatch="///" if colours[part] == AMBER else None)
-            left += value
-        ax.annotate(f"{left:,.{digits}f}", (left, i), xytext=(5, 0), textcoords="offset points", va="center")
+    ends = np.zeros(len(rows))
     for part in parts:
-        ax.barh(0, 0, color=colours[part], hatch="///" if colours[part] == AMBER else None, edgecolor="white", label=part)
+        sizes = np.array([row.get(part, 0) for row in rows.values()])
+        hatch = "///" if colours[part] == AMBER else None
+        ax.barh(range(len(rows)), sizes, left=ends, color=colours[part], edgecolor="white", height=0.62, hatch=hatch, label=part)
+        ends = ends + sizes
+    for i, end in enumerate(ends):
+        ax.annotate(f"{end:,.{digits}f}", (end, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=12)
     ax.set_yticks(range(len(rows)), list(rows))
     ax.invert_yaxis()
     ax.set(xlabel=x, title=title)
@@ -188,14 +194,18 @@ def class_change(before: Sequence[float], after: Sequence[float], classes: Seque
     return figure
 
 
-def points(groups: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str, y: str, title: str = "", ticks: Sequence[float] = (),
-           floor: float | None = None) -> Figure:  # fmt: skip
+Named = Sequence[tuple[float, float, str]]
+
+
+def points(
+    groups: Mapping[str, Named], *, x: str, y: str, title: str = "", ticks: Sequence[float] = (), floor: float | None = None
+) -> Figure:
     """Named points {group: [(x, y, name)]}, each group of its own shape; ``ticks`` make the x axis logarithmic."""
     figure, ax = canvas(height=4.8)
     for (group, found), colour, marker in zip(groups.items(), cycle(COLOURS), cycle(MARKERS)):
         ax.plot([p[0] for p in found], [p[1] for p in found], marker, color=colour, markersize=10, label=group, linestyle="none")
     if ticks:
-        log_axis(ax.xaxis, ticks, "{:g}×")
+        log_axis(ax, "x", ticks, "{:g}×")
     if floor is not None:
         ax.axhline(floor, color=GREY, linewidth=1.2, linestyle=":")
     ax.margins(0.12)
@@ -205,21 +215,22 @@ def points(groups: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str, 
     return figure
 
 
+AROUND = ((10, 0, "left"), (-10, 0, "right"), (6, 13, "left"), (6, -13, "left"), (-6, 13, "right"), (-6, -13, "right"), (0, 24, "center"))
+
+
 def _name_points(figure: Figure, ax: Axes, found: list[tuple[tuple[float, float, str], str]]) -> None:
     """Each point's name at the first place around it where it hides no other name or point."""
     figure.draw_without_rendering()
     spots = [Bbox.from_bounds(*(ax.transData.transform(p[:2]) - 8), 16, 16) for p, _ in found]
     taken: list[Bbox] = []
     for i, ((x, y, name), colour) in enumerate(found):
-        for dx, dy, side in ((10, 0, "left"), (-10, 0, "right"), (6, 12, "left"), (6, -12, "left"), (-6, 12, "right"), (-6, -12, "right"), (0, 24, "center"), (0, -24, "center")):
-            text = ax.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", color=colour, fontsize=12, ha=side, va="center")
+        for *shift, side in AROUND:
+            text = ax.annotate(name, (x, y), xytext=shift, textcoords="offset points", color=colour, fontsize=12, ha=side, va="center")
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken + spots[:i] + spots[i + 1 :]):
+            if side == "center" or not any(box.overlaps(other) for other in taken + spots[:i] + spots[i + 1 :]):
                 break
             text.remove()
-        else:
-            text = ax.annotate(name, (x, y), xytext=(10, 0), textcoords="offset points", color=colour, fontsize=12, va="center")
-        taken.append(text.get_window_extent())
+        taken.append(box)
 
 
 def published(model: str) -> pd.DataFrame:

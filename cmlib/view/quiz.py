@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as widgets
 
@@ -20,6 +21,7 @@ class Guess(widgets.VBox):
         self.button = widgets.Button(description="lock in", tooltip="measure the answer now", button_style="warning")
         self.button.on_click(lambda _: self.reveal())
         self.said = widgets.HTML()
+        self.question = question
         super().__init__([widgets.HTML(f"<b>{html.escape(question)}</b>"), widgets.HBox([self.slider, self.button]), self.said])
 
     def reveal(self) -> None:
@@ -35,6 +37,13 @@ class Guess(widgets.VBox):
         off = self.guess - self.answer
         verdict = "spot on" if abs(off) <= 0.01 * (self.slider.max - self.slider.min) else f"{abs(off):.3g} {self.unit} too {'high' if off > 0 else 'low'}"
         self.said.value = f'<p role="status">You said {self.guess:.3g} {self.unit}; measured {self.answer:.3g} {self.unit}: {verdict}. {html.escape(self.why)}</p>'
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """The widget, and beside it the question alone for pages where no widget runs."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        twin = f"{self.question} Note your guess{f' in {self.unit}' if self.unit else ''} before you read on."
+        return {**data, "text/plain": twin, "text/html": f"<p>{html.escape(twin)}</p>"}, metadata
 
 
 def predict_first(question: str, measure: Callable[[], float], *, lo: float = 0, hi: float = 100, unit: str = "%", why: str = "") -> Guess:

@@ -1,0 +1,62 @@
+"""The notebooks' pictures: each gives a Figure, draws what it was given, and writes nothing smaller than 12 points."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from cmlib.view import plots
+
+SEEDS = [[0.9, 0.5, 0.1], [0.8, 0.6, 0.2]]
+PICTURES = {
+    "weight_histogram": lambda: plots.weight_histogram(torch.linspace(-1, 1, 500), cut=0.2, title="w"),
+    "curves": lambda: plots.curves({"one": ((0.5, 0.1, 0.01), SEEDS), "two": ((0.5, 0.1, 0.01), [0.9, 0.5, 0.1])}, title="c", floor=0.1),
+    "curves over epochs": lambda: plots.curves({"one": ([1, 2, 3], SEEDS)}, x="epochs", shares=False),
+    "dots": lambda: plots.dots({"a": [0.1, 0.2], "control": [0.15]}, marked=["control"]),
+    "pixel_maps": lambda: plots.pixel_maps({"a": np.eye(4), "b": torch.ones(4, 4)}, units=["x", "y"]),
+    "stacked": lambda: plots.stacked({"dense": {"values": 8, "places": 0}, "csr": {"values": 2, "places": 1}}, x="bytes"),
+    "class_change": lambda: plots.class_change([0.9, 0.9], [0.5, 0.8], "01"),
+    "points": lambda: plots.points({"p": [(10, 0.1, "a"), (10, 0.1, "b")], "q": [(50, 2, "c")]}, x="x", y="y", ticks=(10, 50), floor=0),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_readable(name):
+    figure = PICTURES[name]()
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    small = [t.get_text() for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible() and t.get_fontsize() < 12]
+    assert not small, f"smaller than 12 points: {small}"
+
+
+@pytest.mark.parametrize("name", [n for n in PICTURES if n not in ("pixel_maps",)])
+def test_axes_are_labelled(name):
+    assert all(ax.get_xlabel() for ax in PICTURES[name]().axes)
+
+
+def test_a_band_goes_from_the_lowest_seed_to_the_highest():
+    band = plots.curves({"one": ((0.5, 0.1, 0.01), SEEDS)}).axes[0].collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == 0.1
+    assert band[:, 1].max() == 0.9
+
+
+def test_shares_run_from_much_kept_to_little():
+    left, right = plots.curves({"one": ((0.5, 0.1, 0.01), SEEDS)}).axes[0].get_xlim()
+    assert left > right
+
+
+def test_names_of_points_do_not_hide_one_another():
+    figure = PICTURES["points"]()
+    figure.draw_without_rendering()
+    boxes = [t.get_window_extent() for t in figure.axes[0].texts]
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_published_rows_have_a_source_and_were_seen():
+    table = plots.published("LeNet-300-100")
+    assert len(table) >= 5
+    assert table.source.str.len().min() > 10
+    assert set(table.confidence) <= {"seen", "abstract"}
+    assert (table.weights_ratio >= 1).all()
