@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from . import tables
+from . import readme, tables
 
-ROOT = Path(__file__).resolve().parents[2]
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse, "notebooks": tables.notebooks,
 }  # fmt: skip
@@ -27,16 +25,6 @@ def machine() -> str:
     if found.exists():
         cpu = next((line.split(":")[1].strip() for line in found.read_text().split("\n") if line.startswith("model name")), cpu)
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-
-
-def into_readme(text: str) -> None:
-    """Put the tables between the README's two bench marks."""
-    path = ROOT / "README.md"
-    page = path.read_text()
-    new = re.sub(r"(<!-- bench -->\n).*?(\n<!-- /bench -->)", lambda m: m[1] + text + m[2], page, flags=re.S)
-    aside = path.with_suffix(".md.part")
-    aside.write_text(new)
-    aside.replace(path)
 
 
 def main() -> None:
@@ -55,7 +43,8 @@ def main() -> None:
             print(line, flush=True)
             lines.append(line)
     if asked.readme:
-        into_readme("\n".join(lines))
+        readme.write("bench", "\n".join(lines))
+        readme.write("methods", readme.methods())
 
 
 if __name__ == "__main__":

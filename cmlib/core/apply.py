@@ -152,7 +152,7 @@ def gather(model: nn.Module, layers: dict[str, nn.Module], name: str, data: Any,
         for p in fixed:  # frozen weights have gradients and curvature too
             p.requires_grad_(True)
         with parametrize.cached():  # an attached layer's weight is one tensor, the same for the forward pass and its gradient
-            found = PROVIDERS[name](model.eval(), layers, as_input(x), y, loss)
+            found = PROVIDERS[name](model.eval(), layers, as_input(x, model), y, loss)
     finally:
         for p in fixed:
             p.requires_grad_(False)

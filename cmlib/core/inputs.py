@@ -10,9 +10,9 @@ from torch import Tensor, nn
 Pair = tuple[Tensor, Tensor]
 
 
-def as_input(images: Tensor) -> Tensor:
-    """uint8 images as the floats x/255 that networks take; anything already float passes unchanged."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+def as_input(images: Tensor, model: nn.Module | None = None) -> Tensor:
+    """uint8 images as the floats x/255 that networks take, in the model's own precision; anything already float passes unchanged."""
+    return images.to(dtype_of(model)).div_(255) if images.dtype == torch.uint8 else images
 
 
 def pair_of(data: Any, part: str) -> Pair:
@@ -25,6 +25,11 @@ def pair_of(data: Any, part: str) -> Pair:
 
 def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module | None) -> torch.dtype:
+    """The type of a model's floats; float32 where there is no model or no float."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32) if model is not None else torch.float32
 
 
 def stratified(labels: Tensor, count: int, seed: int = 0) -> Tensor:

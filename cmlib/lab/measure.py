@@ -61,7 +61,7 @@ def measure(
         found = {key: _stored(m, plain[key]) | {"batch": batch, "threads": threads} for key, m in models.items()}
         if data is not None:
             images, labels = pair_of(data, part)
-            x = next(iter(batches(images[torch.arange(batch) % len(images)], batch, device_of(model))))
+            x = next(iter(batches(images[torch.arange(batch) % len(images)], batch, model)))
             times = latency(plain, x, rounds, threads)
             answers = {key: predict(m, images).argmax(1) for key, m in plain.items()}
             for key, m in plain.items():

@@ -52,17 +52,17 @@ def evaluating(model: nn.Module):
             module.training = mode
 
 
-def batches(images: Tensor, batch: int, device: torch.device | str = "cpu") -> Iterable[Tensor]:
-    """Network inputs in order, in the memory layout that convolutions are fastest in."""
+def batches(images: Tensor, batch: int, model: nn.Module) -> Iterable[Tensor]:
+    """The model's inputs in order, on its device, in its precision, in the memory layout that convolutions are fastest in."""
     for part in images.split(batch):
-        x = as_input(part.to(device))
+        x = as_input(part.to(device_of(model)), model)
         yield x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def predict(model: nn.Module, images: Tensor, *, batch: int = 125) -> Tensor:
     """Logits for all ``images`` (uint8, or floats as the network takes them), in evaluation mode, on the CPU."""
     with evaluating(model):
-        return torch.cat([model(x).cpu() for x in batches(images, batch, device_of(model))])
+        return torch.cat([model(x).cpu() for x in batches(images, batch, model)])
 
 
 def evaluate(model: nn.Module, data: Data | Pair, *, part: str = "validation", batch: int = 125) -> float:
@@ -124,7 +124,7 @@ def fit(
                 model.train()
                 total = 0.0
                 for rows in torch.randperm(len(labels), generator=draw).split(batch):
-                    x = as_input(images[rows])
+                    x = as_input(images[rows], model)
                     x = augment(x, draw) if augment else x
                     x = x.to(device, memory_format=torch.channels_last) if x.dim() == 4 else x.to(device)
                     total += _step(model, x, labels[rows].to(device), loss, lambda m: penalty(m, len(labels), rate.last_epoch / (epochs * steps)), step_rule, hooks)

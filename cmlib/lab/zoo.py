@@ -101,7 +101,7 @@ def train_net(net: str, data: str, seed: int = 0) -> dict[str, Any]:
     if path.with_suffix(".json").is_file():
         return card(net, data, seed)
     parts, model = load_data(data), build(net, data, seed)
-    run = fit(model, parts, **recipe(net, data), seed=seed, progress=lambda row: print(f"  {path.stem} {row}", flush=True))
+    run = fit(model, parts, **recipe(net, data), seed=seed, progress=partial(_say, path.stem, RECIPES[net]["epochs"]))
     if run.interrupted:
         raise KeyboardInterrupt
     raw = safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()})
@@ -116,6 +116,10 @@ def train_net(net: str, data: str, seed: int = 0) -> dict[str, Any]:
     write(path, raw)
     write(path.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
     return found
+
+
+def _say(name: str, epochs: int, row: dict[str, float]) -> None:
+    print(f"  {name}: epoch {row['epoch']} of {epochs}, validation {row['accuracy']:.2%}, {row['seconds']:.0f} s", end="\r", flush=True)
 
 
 def write(path: Path, raw: bytes) -> None:

@@ -29,7 +29,7 @@ from ..lab.data import Data, load_data
 from ..lab.files import save, sizes
 from ..lab.measure import measure
 from ..lab.zoo import SEEDS, load_net
-from ..methods import find
+from ..methods import catalog, find
 from . import cards, words
 from .live import Live
 from .words import Dense, State
@@ -37,6 +37,7 @@ from .words import Dense, State
 HERE = Path(__file__).parent
 REST = 0.35  # seconds without a move before the slow figures are measured
 SHOWN = 12  # flipped images that are shown
+OWN = "a function of your own"  # the source of a method that is a plain function
 NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net", "mlp": "64-32-10 net", "cnn": "small CNN"}
 SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "8×8 digits", "cifar10": "CIFAR-10"}
 
@@ -48,7 +49,7 @@ def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", 
     pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells the accuracy there; other keywords are starting values of knobs.
     """
     if callable(method) and not isinstance(method, Method):
-        method = score("a function of your own", chapter="-")(method)
+        method = score(OWN, chapter="-")(method)
     data = load_data(data) if isinstance(data, str) else data
     if isinstance(net, str):
         net = load_net(net, data.name)
@@ -61,22 +62,22 @@ class Explorer(anywidget.AnyWidget):
     _esm = HERE / "panel.js"
     _css = HERE / "panel.css"
     spec = traitlets.Dict().tag(sync=True)
+    _child: Child | None = None
 
     def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None, predict: dict[str, Any] | None = None,
                  published: Sequence[dict[str, Any]] = (), part: str = "validation", title: str | None = None, **knobs: Any) -> None:  # fmt: skip
         self.method, self.data, self.where, self.part = method, data, where, part
-        self.title, self.predict, self.published = title or method.title, predict, list(published)
+        self.title, self.predict, self.published = title or method.title or method.key, predict, list(published)
         self.start = method.bind(knobs)
         self.path: list[State] = []
         self.pins: list[State] = []
         self.guesses: list[dict[str, Any]] = []
         self.trained: list[dict[str, Any]] = []
-        self.seq, self._task, self._training, self._child = 0, None, None, None
+        self.seq, self._task, self._training = 0, None, None
         self._take(net)
         names = list(self.planner.layers)
         self.layer = layer or names[0]
-        if self.layer not in names:
-            raise ValueError(f"layer={layer!r} is not covered; the covered layers are {', '.join(names)}")
+        self._covered(self.layer)
         self.state = self.move(**self.start)
         super().__init__(spec=self._spec())
         self.on_msg(self._receive)
@@ -94,7 +95,22 @@ class Explorer(anywidget.AnyWidget):
         self.views = {n: cards.LayerView(n, w) for n, w in self.planner.weights.items()}
         self.maps: dict[str, Tensor | None] = {}
 
+    def _covered(self, layer: str) -> str:
+        if layer not in self.planner.layers:
+            raise ValueError(f"layer={layer!r} is not covered; the covered layers are {', '.join(self.planner.layers)}")
+        return layer
+
     # what a position of the knobs means -------------------------------------------------------------------------
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """How the kit makes the network; None for one of the user's own."""
+        return getattr(self.net, "source", None)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the method can be found by its key."""
+        return catalog().get(self.method.key) is self.method
 
     def look(self, knobs: dict[str, Any]) -> State:
         """The plan of these knobs and its size; nothing is measured yet."""
@@ -102,7 +118,7 @@ class Explorer(anywidget.AnyWidget):
         with torch.no_grad():
             weights = {name: p.dense() for name, p in plan.items()}
         arrays = self.rest_bytes + sum(p.bits() for p in plan.values()) // 8
-        return State(self.method.bind(knobs), plan, weights, arrays - self.rest_bytes, arrays + self.header_bytes)
+        return State(self.method.bind(knobs), plan, weights, arrays - self.rest_bytes, arrays + self.header_bytes, source=self.source)
 
     def move(self, **knobs: Any) -> State:
         """Go to these knobs (the others stay), measure the exact accuracy, and add the point to the path."""
@@ -116,7 +132,8 @@ class Explorer(anywidget.AnyWidget):
     def _finish(self, state: State, answers: Tensor) -> None:
         state.accuracy = (answers == self.live.labels).double().mean().item()
         dense, now = self.live.by_class(self.live.dense), self.live.by_class(answers)
-        order = (now - dense).argsort(stable=True)[:3].tolist()
+        there = dense.isfinite().nonzero().flatten()  # a class may have no image
+        order = there[(now - dense)[there].argsort(stable=True)[:3]].tolist()
         state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
         if state not in self.path:
             self.path.append(state)
@@ -156,23 +173,37 @@ class Explorer(anywidget.AnyWidget):
     def line(self, state: State | None = None) -> str:
         """The call that makes the state shown, from nothing."""
         state = state or self.state
-        source = getattr(self.net, "source", None)
+        source = state.source
         net = f'load_net("{source["net"]}", "{source["data"]}", seed={source["seed"]})' if source else "net"
+        key = self.method.key
+        method = repr(key) if self.listed else f'score("{OWN}", chapter="-")({key})' if self.method.paper == OWN else key
         changed = {n: v for n, v in state.knobs.items() if v != self.method.knobs[n].default or n == next(iter(state.knobs))}
         where = [f"where={self.where!r}"] if self.where != "*" else []
         asks = [f'data=load_data("{self.data.name}")' if isinstance(self.data, Data) else "data=data"] if set(self.method.asks) - {"w", "training"} else []
-        knobs = [f"{n}={round(v, 6) if isinstance(v, float) else v!r}" for n, v in changed.items()]
-        return f'compress({", ".join([net, repr(self.method.key), *where, *asks, *knobs])})'
+        knobs = [f"{n}={v!r}" for n, v in changed.items()]
+        return f"compress({', '.join([net, method, *where, *asks, *knobs])})"
 
     def text(self, state: State | None = None) -> str:
         """The panel as plain text: the same figures for reading aloud, printing and grading."""
         state = state or self.state
-        rows = [["", "dense", "now", "change"], *self.cells(state)]
-        rows += [[f"kept in {n}", f"{p.mask.numel():,}", f"{p.kept:,}", words.pct(p.kept / p.mask.numel())] for n, p in state.plan.items()]
-        rows += [[f"class {w['label']}", words.pct(w["dense"]), words.pct(w["now"]), f"{100 * (w['now'] - w['dense']):+.1f}"] for w in state.worst]
+        rows = self._rows(state)
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
         body = "\n".join("  ".join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, widths, strict=True))) for r in rows)
         return f"{self.title} · {self.method.paper}\n{self.subtitle()}\n{body}\n{self.line(state)}"
+
+    def _rows(self, state: State) -> list[list[str]]:
+        rows = [["", "dense", "now", "change"], *self.cells(state)]
+        rows += [[f"kept in {n}", f"{p.mask.numel():,}", f"{p.kept:,}", words.pct(p.kept / p.mask.numel())] for n, p in state.plan.items()]
+        classes = [[f"class {w['label']}", words.pct(w["dense"]), words.pct(w["now"]), f"{100 * (w['now'] - w['dense']):+.1f}"] for w in state.worst]
+        return rows + classes
+
+    def html(self) -> str:
+        """The same as a table, read cell by cell."""
+        head, *rows = [[html.escape(c) for c in r] for r in self._rows(self.state)]
+        body = "".join(f'<tr><th scope="row">{r[0]}</th>{"".join(f"<td>{c}</td>" for c in r[1:])}</tr>' for r in rows)
+        title, line = html.escape(f"{self.title} · {self.method.paper}. {self.subtitle()}"), html.escape(self.line())
+        heads = "".join(f'<th scope="col">{c}</th>' for c in head)
+        return f"<table><caption>{title}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p><code>{line}</code></p>"
 
     def path_csv(self) -> str:
         """The path walked, one line a state: its knobs, weights kept, bytes on disk, accuracy."""
@@ -183,12 +214,12 @@ class Explorer(anywidget.AnyWidget):
         return out.getvalue()
 
     def subtitle(self) -> str:
-        source = getattr(self.net, "source", None)
+        source = self.source
         name = f"{NETS[source['net']]} on {SETS[source['data']]}" if source else f"{type(self.net).__name__} of your own"
         return f"{name} · {len(self.live.labels):,} {self.part} images · nothing here is replayed: the knobs act on the network"
 
     def _spec(self) -> dict[str, Any]:
-        source = getattr(self.net, "source", None)
+        source = self.source
         return {
             "title": self.title, "paper": self.method.paper, "chapter": self.method.chapter, "subtitle": self.subtitle(),
             "knobs": [words.knob_spec(self.method.knobs[n], v) for n, v in self.start.items() if v is not None],
@@ -198,7 +229,7 @@ class Explorer(anywidget.AnyWidget):
             "published": self.published, "line": self.line(),
             "walked": [words.point(s) for s in self.path],
             "predict": {"question": f"What accuracy will be left at {', '.join(f'{k} = {v}' for k, v in self.predict.items())}?", "at": self.predict} if self.predict else None,
-            "train": {"label": "retrain", "title": "train what is left for one epoch, in a process of its own"} if source else None,
+            "train": {"label": "retrain", "title": "train what is left for one epoch, in a process of its own"} if source and self.listed else None,
         }  # fmt: skip
 
     # the conversation with the browser --------------------------------------------------------------------------
@@ -220,8 +251,8 @@ class Explorer(anywidget.AnyWidget):
 
     def _on_move(self, message: dict[str, Any]) -> None:
         self.seq = message["seq"]
-        self.layer = message.get("layer", self.layer)
-        self.state = self.look({**self.start, **self._typed(message["knobs"])})
+        state = self.look({**self.start, **self._typed(message["knobs"])})
+        self.layer, self.state = self._covered(message.get("layer") or self.layer), state
         self._picture(self.state)
         self._later(self._measure(self.seq, self.state))
 
@@ -274,9 +305,10 @@ class Explorer(anywidget.AnyWidget):
         labels, dense = self.live.labels, self.live.dense
         lost = ((dense == labels) & (answers != labels)).nonzero().flatten()
         gained = int(((dense != labels) & (answers == labels)).sum())
-        images = self.live.images[lost[:SHOWN], :1]
+        images = self.live.images[lost[:SHOWN]]
+        images = images[:, :1] if images.dim() == 4 else images[:, None] if images.dim() == 3 else images.new_empty(0, 1, 1, 1)
         pictures = (images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).to(torch.uint8)).cpu()
-        names = [{"truth": self.class_name(int(labels[i])), "before": self.class_name(int(dense[i])), "after": self.class_name(int(answers[i]))} for i in lost[:SHOWN]]
+        names = [{"truth": self.class_name(int(labels[i])), "before": self.class_name(int(dense[i])), "after": self.class_name(int(answers[i]))} for i in lost[: len(pictures)]]
         caption = f"{len(lost):,} images right before and wrong now; {gained:,} the other way"
         h, w = (pictures.shape[-2], pictures.shape[-1])
         return {"n": len(names), "w": w, "h": h, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
@@ -333,11 +365,10 @@ class Explorer(anywidget.AnyWidget):
 
     def _on_train(self, _: dict[str, Any]) -> None:
         """Train what the state shown leaves for one epoch, in a child process."""
-        source = getattr(self.net, "source", None)
-        if source is None:
-            raise ValueError("retraining beside the panel needs one of the kit's networks, which a second process can load by name; use fit(panel.model(), data)")
+        if self.source is None or not self.listed:
+            raise ValueError("retraining beside the panel needs a network and a method of the kit's, which a second process finds by name; use fit(panel.model(), data)")
         self._on_stop({})
-        self._child = Child(**source, method=self.method.key, where=self.where, knobs=self.state.knobs, epochs=1)
+        self._child = Child(**self.source, method=self.method.key, where=self.where, knobs=self.state.knobs, epochs=1)
         self._training = asyncio.get_running_loop().create_task(self._train(self._child, self.state))
 
     def _on_stop(self, _: dict[str, Any]) -> None:
@@ -369,8 +400,7 @@ class Explorer(anywidget.AnyWidget):
         """The widget, and beside it the text twin for pages where no widget runs."""
         bundle = super()._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-        twin = self.text()
-        return {**data, "text/plain": twin, "text/html": f'<pre role="img" aria-label="the panel as text">{html.escape(twin)}</pre>'}, metadata
+        return {**data, "text/plain": self.text(), "text/html": self.html()}, metadata
 
 
 def sizes_of(model: nn.Module) -> dict[str, Any]:

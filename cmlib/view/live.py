@@ -63,7 +63,7 @@ class Live:
         self.order = stratified(labels, len(labels))
         self.images, self.labels = images[self.order], labels[self.order]
         device = device_of(model)
-        x = as_input(self.images)
+        x = as_input(self.images, self.model)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         self.starts: dict[int, list[Tensor]] = {0: list(x.to(device).split(batch))}
         chain = type(self.model).forward is nn.Sequential.forward

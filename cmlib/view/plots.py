@@ -18,7 +18,7 @@ from IPython.display import Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 BLUE, VERMILLION, AMBER, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
@@ -53,7 +53,7 @@ def say(text: str) -> None:
 
 def percent(axis: Axis) -> None:
     """Write an axis of shares as percent."""
-    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g} %"))
 
 
 def log_axis(ax: Axes, which: str, ticks: Sequence[float], text: str = "{:g}") -> None:
@@ -227,7 +227,8 @@ def _name_points(figure: Figure, ax: Axes, found: list[tuple[tuple[float, float,
         for *shift, side in AROUND:
             text = ax.annotate(name, (x, y), xytext=shift, textcoords="offset points", color=colour, fontsize=12, ha=side, va="center")
             box = text.get_window_extent()
-            if side == "center" or not any(box.overlaps(other) for other in taken + spots[:i] + spots[i + 1 :]):
+            free = ax.bbox.x0 <= box.x0 and not any(box.overlaps(other) for other in taken + spots[:i] + spots[i + 1 :])
+            if free or side == "center":
                 break
             text.remove()
         taken.append(box)

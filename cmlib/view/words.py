@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.apply import Plan
 from ..core.knobs import Knob, Span
+from ..core.select import is_n_of_m
 from ..lab.measure import Row
 from .live import Estimate
 
@@ -36,6 +37,7 @@ class State:
     accuracy: float | None = None
     row: Row | None = None
     worst: list[dict[str, Any]] = field(default_factory=list)
+    source: dict[str, Any] | None = None  # how the kit makes the network that it is a state of
 
     @property
     def kept(self) -> int:
@@ -75,6 +77,8 @@ def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     found = [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: the network now answers the same for every image.")] if empty else []
     title = f"{times(state.total, state.kept)} fewer weights, {times(dense.file_bytes, state.file_bytes)} smaller file."
     found.append(note("info", title, _storage(state)))
+    if is_n_of_m(state.knobs.get("unit", "")):
+        found.append(note("info", f"{state.knobs['unit']} fixes the share.", "So many weights of every group stay, whatever keep says."))
     if state.kept < state.total:
         found.append(note("warn", "Why did the multiply-adds not move?", "The mask sits in a dense matrix: the zeros are still multiplied."))
     return found

@@ -1,0 +1,36 @@
+"""The README's two made parts: the table of methods, from ``catalog()``, and the bench tables."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..methods import catalog
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def methods() -> str:
+    """The table of methods, in markdown."""
+    rows = ["| key | method | kind | knobs of its own | asks for | source |", "|---|---|---|---|---|---|"]
+    for m in catalog().values():
+        own = ", ".join(f"`{k}`" for k in (["keep"] if m.selects else []) + list(m.own_knobs))
+        asks = ", ".join(a for a in m.asks if a not in ("w", "training")) or "the weight alone"
+        rows.append(f"| `{m.key}` | {m.title} | {m.kind} | {own} | {asks} | {m.paper} |")
+    return "\n".join(rows)
+
+
+def with_part(page: str, name: str, text: str) -> str:
+    """The page with ``text`` between its two marks of that name."""
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.S)
+
+
+def write(name: str, text: str) -> None:
+    """Put ``text`` into the README: written aside, then renamed."""
+    aside = README.with_suffix(".md.part")
+    aside.write_text(with_part(README.read_text(), name, text))
+    aside.replace(README)
+
+
+if __name__ == "__main__":
+    write("methods", methods())
