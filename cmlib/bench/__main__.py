@@ -14,7 +14,8 @@ import torch
 from . import readme, tables
 
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
-    "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse, "notebooks": tables.notebooks,
+    "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse,
+    "notebooks": tables.notebooks,
 }  # fmt: skip
 
 
@@ -24,7 +25,8 @@ def machine() -> str:
     found = Path("/proc/cpuinfo")
     if found.exists():
         cpu = next((line.split(":")[1].strip() for line in found.read_text().split("\n") if line.startswith("model name")), cpu)
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, {versions}, {time.strftime('%Y-%m-%d')}"
 
 
 def main() -> None:

@@ -20,7 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -53,9 +60,16 @@ def server(root: Path, command: tuple[str, ...] = ("jupyterlab",), timeout: floa
     with tempfile.TemporaryDirectory() as home:
         _settings(Path(home) / "settings")
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-        env = {**os.environ, "PYTHONPATH": path, "JUPYTERLAB_SETTINGS_DIR": f"{home}/settings", "JUPYTER_CONFIG_DIR": f"{home}/config", "IPYTHONDIR": f"{home}/ipython"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "JUPYTERLAB_SETTINGS_DIR": f"{home}/settings",
+            "JUPYTER_CONFIG_DIR": f"{home}/config",
+            "IPYTHONDIR": f"{home}/ipython",
+        }
         arguments = [sys.executable, "-m", *command, "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}",
-                     f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True", *(["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]  # fmt: skip
+                     f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True",
+                     *(["--allow-root"] if getattr(os, "geteuid", int)() == 0 and os.name == "posix" else [])]  # fmt: skip
         with open(Path(home) / "log", "w") as log:
             process = subprocess.Popen(arguments, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=root)
         try:

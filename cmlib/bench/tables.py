@@ -66,7 +66,10 @@ def importing() -> Iterator[str]:
     names = "[getattr(cmlib, n) for n in ('compress', 'plan', 'fit', 'evaluate', 'save', 'load', 'load_data', 'load_net', 'catalog', 'measure')]"
     yield from heading("Importing, seconds beyond torch's own, median of 5", "what", "seconds", "bound")
     for what, uses in (("`import cmlib`", "0"), ("and every verb but `explore`", names), ("and `explore`", names + ", cmlib.explore")):
-        runs = [float(subprocess.run([sys.executable, "-c", code.format(uses)], capture_output=True, text=True, check=True, cwd=ROOT).stdout) for _ in range(5)]
+        runs = [
+            float(subprocess.run([sys.executable, "-c", code.format(uses)], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+            for _ in range(5)
+        ]
         yield line(what, f"{statistics.median(runs):.2f}", "0.5" if uses == "0" else "")
 
 
@@ -79,7 +82,11 @@ def exact() -> Iterator[str]:
     dense_only = [{n: w for n, w in p.items() if n.startswith("fc")} for p in plans]
     yield from heading("From weights to an accuracy, LeNet-5 on MNIST, 5,000 validation images, 20 moves", "what", "median / 90th", "bound")
     position = iter(range(10**6))
-    yield line("the plain way: copy, `torch.nn.utils.prune`, batches of 250", spread(timed(lambda: _plainly(net, data, keeps[next(position) % 20])), scale=1e3), "")
+    yield line(
+        "the plain way: copy, `torch.nn.utils.prune`, batches of 250",
+        spread(timed(lambda: _plainly(net, data, keeps[next(position) % 20])), scale=1e3),
+        "",
+    )
     yield line("exact, all layers pruned", spread(timed(lambda: live.accuracy(plans[next(position) % 20])), scale=1e3), "280 ms")
     yield line("exact, only dense layers pruned", spread(timed(lambda: live.accuracy(dense_only[next(position) % 20])), scale=1e3), "60 ms")
     yield line("first estimate, at most ±2 points", spread(timed(lambda: _estimate(live, plans[next(position) % 20])), scale=1e3), "150 ms")
@@ -119,14 +126,18 @@ def show(keep):
 
 def notebook(folder: Path, *cells: str) -> str:
     """A notebook of these cells in ``folder``; its name."""
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    made = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    )
     nbformat.write(made, folder / "bench.ipynb")
     return "bench.ipynb"
 
 
 def slider() -> Iterator[str]:
     """Key press to changed picture, estimate and exact figure, in JupyterLab in Chromium."""
-    yield from heading("Slider in JupyterLab in Chromium, key press to drawn, 20 moves 300 ms apart, LeNet-5 on MNIST", "what", "median / 90th", "bound")
+    yield from heading(
+        "Slider in JupyterLab in Chromium, key press to drawn, 20 moves 300 ms apart, LeNet-5 on MNIST", "what", "median / 90th", "bound"
+    )
     if browser.chromium() is None:
         yield line("Chromium is not installed: left out", "", "")
         return
@@ -144,7 +155,11 @@ def slider() -> Iterator[str]:
             yield line(f"changed mask and histogram, {what}", spread(found["seq"]), "60 / 100 ms")
             yield line(f"accuracy estimate, {what}", spread(spaced["estimate"]), "150 ms")
             yield line(f"exact accuracy, {what}", spread(spaced["exact"]), "280 / 60 ms of arithmetic")
-            yield line(f"held down at 30 a second, {what}: pictures shown of 40; last position shown", f"{held['shown']}; {'yes' if held['last'] else 'NO'}", "yes")
+            yield line(
+                f"held down at 30 a second, {what}: pictures shown of 40; last position shown",
+                f"{held['shown']}; {'yes' if held['last'] else 'NO'}",
+                "yes",
+            )
 
 
 def _plain_moves(folder: Path) -> list[float]:
@@ -157,13 +172,26 @@ def _plain_moves(folder: Path) -> list[float]:
 def han() -> Iterator[str]:
     """Han et al.'s claim on MNIST: twelve times fewer weights, no accuracy lost; three seeds, the dense net trained on beside."""
     title = "Han et al. 2015 on MNIST: at least 12x fewer weights, three seeds, mean ± standard deviation; dense control with the same extra epochs"
-    yield from heading(title, "network", "fewer weights", "smaller file", "validation, pruned", "validation, dense", "difference, points", "test, pruned", "test, dense", "seconds a run")
+    yield from heading(
+        title,
+        "network",
+        "fewer weights",
+        "smaller file",
+        "validation, pruned",
+        "validation, dense",
+        "difference, points",
+        "test, pruned",
+        "test, dense",
+        "seconds a run",
+    )
     for net, epochs, rounds in (("lenet300", 16, 4), ("lenet5", 8, 4)):
         runs = [_han(net, seed, epochs, rounds) for seed in SEEDS]
         mean = {k: statistics.mean(r[k] for r in runs) for k in runs[0]}
         cells = [f"{100 * mean[k]:.2f} ± {100 * statistics.stdev(r[k] for r in runs):.2f} %" for k in ("pruned", "dense", "test", "dense_test")]
         gap = 100 * (mean["pruned"] - mean["dense"])
-        yield line(net, f"{mean['fewer']:.1f}×", f"{mean['smaller']:.1f}×", *cells[:2], f"{gap:+.2f}", *cells[2:], f"{max(r['seconds'] for r in runs):.0f}")
+        yield line(
+            net, f"{mean['fewer']:.1f}×", f"{mean['smaller']:.1f}×", *cells[:2], f"{gap:+.2f}", *cells[2:], f"{max(r['seconds'] for r in runs):.0f}"
+        )
 
 
 def _han(net: str, seed: int, epochs: int, rounds: int) -> dict[str, float]:
@@ -171,7 +199,9 @@ def _han(net: str, seed: int, epochs: int, rounds: int) -> dict[str, float]:
     training = {**recipe(net, "mnist"), "lr": 1e-3}
     del training["epochs"]
     start = time.perf_counter()
-    pruned, _ = prune_and_train(dense, "magnitude_pruning_han", data, iterative(1 / 12.5, epochs, rounds), knobs={"scope": "network"}, seed=seed, **training)
+    pruned, _ = prune_and_train(
+        dense, "magnitude_pruning_han", data, iterative(1 / 12.5, epochs, rounds), knobs={"scope": "network"}, seed=seed, **training
+    )
     seconds = time.perf_counter() - start
     control = deepcopy(dense)
     for r in range(rounds):
@@ -180,7 +210,12 @@ def _han(net: str, seed: int, epochs: int, rounds: int) -> dict[str, float]:
     total, left = (sum(f(p) for p in kept.values()) for f in (lambda p: p.mask.numel(), lambda p: p.kept))
     with tempfile.TemporaryDirectory() as folder:
         bytes_dense, bytes_pruned = save(dense, Path(folder) / "dense.cml"), save(pruned, Path(folder) / "pruned.cml")
-    scores = {"pruned": evaluate(pruned, data), "dense": evaluate(control, data), "test": evaluate(pruned, data, part="test"), "dense_test": evaluate(control, data, part="test")}
+    scores = {
+        "pruned": evaluate(pruned, data),
+        "dense": evaluate(control, data),
+        "test": evaluate(pruned, data, part="test"),
+        "dense_test": evaluate(control, data, part="test"),
+    }
     return {"fewer": total / left, "smaller": bytes_dense / bytes_pruned, "seconds": seconds, **scores}
 
 
@@ -189,7 +224,10 @@ def zoo() -> Iterator[str]:
     yield from heading("Trained networks that ship, three seeds, mean (lowest to highest)", "network", "data", "validation", "test", "seconds a run")
     for net, data in SHIPPED:
         cards = [card(net, data, s) for s in SEEDS]
-        cells = [f"{100 * statistics.mean(v):.2f} % ({100 * min(v):.2f} to {100 * max(v):.2f})" for v in ([c[k] for c in cards] for k in ("validation_accuracy", "test_accuracy"))]
+        cells = [
+            f"{100 * statistics.mean(v):.2f} % ({100 * min(v):.2f} to {100 * max(v):.2f})"
+            for v in ([c[k] for c in cards] for k in ("validation_accuracy", "test_accuracy"))
+        ]
         yield line(net, data, *cells, f"{statistics.median(c['seconds'] for c in cards):.0f}")
 
 
@@ -205,5 +243,9 @@ def notebooks() -> Iterator[str]:
     yield from heading("Each notebook through nbval, cold", "notebook", "seconds", "bound")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-cell-timeout=120", str(path)], capture_output=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-cell-timeout=120", str(path)],
+            capture_output=True,
+            cwd=ROOT,
+        )
         yield line(path.name, f"{time.perf_counter() - start:.0f}" + ("" if done.returncode == 0 else " FAILED"), "60")

@@ -140,10 +140,14 @@ class Planner:
         return given
 
 
-def gather(model: nn.Module, layers: dict[str, nn.Module], name: str, data: Any, loss: Loss = F.cross_entropy, samples: int = 512, owner: str = "this") -> Evidence:
+def gather(
+    model: nn.Module, layers: dict[str, nn.Module], name: str, data: Any, loss: Loss = F.cross_entropy, samples: int = 512, owner: str = "this"
+) -> Evidence:
     """The evidence ``name`` for ``layers`` from a fixed stratified sample of the training part, the model in evaluation mode."""
     if name not in PROVIDERS:
-        raise ValueError(f"{owner} asks for {name!r}, which nothing provides{nearest(name, PROVIDERS)}; there are w, training, {', '.join(PROVIDERS)}")
+        raise ValueError(
+            f"{owner} asks for {name!r}, which nothing provides{nearest(name, PROVIDERS)}; there are w, training, {', '.join(PROVIDERS)}"
+        )
     if data is None:
         raise ValueError(f"{owner} asks for {name}, which needs data: pass data=load_data(...) or a pair (images, labels)")
     x, y = (t.to(device_of(model)) for t in sample(data, samples))

@@ -25,9 +25,7 @@ Scores = dict[str, Tensor]
 Masks = dict[str, Tensor]
 
 
-def selection(
-    *, keep: Keep = 0.1, threshold: Threshold = None, unit: Units = "weight", scope: Scope = "layer", storage: Storage = "auto"
-) -> None:
+def selection(*, keep: Keep = 0.1, threshold: Threshold = None, unit: Units = "weight", scope: Scope = "layer", storage: Storage = "auto") -> None:
     """The knobs of selection, which every score has: ``keep`` (share of units that stay) or ``threshold`` (score below which they go)."""
 
 

@@ -1,7 +1,7 @@
 """Training beside a live panel: one thread, low priority, a process of its own that can be stopped.
 
-A second two-thread torch job slows evaluation in the first one tenfold on two cores; a single low-priority thread hardly shows. The child makes its model
-by name, so a job is a small json; it reports lines of json and leaves the trained model as a file.
+A second two-thread torch job slows evaluation in the first one tenfold on two cores; a single low-priority thread hardly shows. The child
+makes its model by name, so a job is a small json; it reports lines of json and leaves the trained model as a file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A row of measurements: its columns, why a number did not move, and tables of rows.
 
-The columns are the survey's own (survey 001, section 3: accuracy, parameters, operations, bits) and those it lacks: bytes of the file, load time, peak memory, latency with its
-spread, the worst class, the answers that flipped. Every ``..._ratio`` is dense over now: above 1 the compressed model is the better one.
+The columns are the survey's own (survey 001, section 3: accuracy, parameters, operations, bits) and those it lacks: bytes of the file, load time,
+peak memory, latency with its spread, the worst class, the answers that flipped. Every ``..._ratio`` is dense over now: above 1 the compressed model
+is the better one.
 """
 
 from __future__ import annotations

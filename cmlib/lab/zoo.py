@@ -108,7 +108,8 @@ def train_net(net: str, data: str, seed: int = 0) -> dict[str, Any]:
     found = {
         "net": net, "data": data, "seed": seed, "sha256": sha256(raw), "bytes": len(raw),
         "validation_accuracy": evaluate(model, parts), "test_accuracy": evaluate(model, parts, part="test"),
-        "recipe": {**RECIPES[net], "optimizer": "AdamW", "schedule": "one tenth up, cosine down", "mirrored": data in MIRRORED, "best_epoch": run.best_epoch},
+        "recipe": {**RECIPES[net], "optimizer": "AdamW", "schedule": "one tenth up, cosine down", "mirrored": data in MIRRORED},
+        "best_epoch": run.best_epoch,
         "seconds": round(run.seconds, 1), "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "safetensors": safetensors.__version__},
     }  # fmt: skip
@@ -146,7 +147,10 @@ def main(arguments: list[str] | None = None) -> None:
     for net, data in wanted:
         for seed in SEEDS if asked.seed is None else (asked.seed,):
             done = train_net(net, data, seed)
-            print(f"{net} {data} seed {seed}: validation {done['validation_accuracy']:.2%}, test {done['test_accuracy']:.2%}, {done['seconds']:.0f} s", flush=True)
+            print(
+                f"{net} {data} seed {seed}: validation {done['validation_accuracy']:.2%}, test {done['test_accuracy']:.2%}, {done['seconds']:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -200,8 +200,9 @@ def surgery(w: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
 def dynamic_network_surgery(w, training, *, c: Hysteresis = 1.0, margin: Hysteresis = 0.1, decay: Decay = 1e-3, state: State | None = None) -> Masked:
     """Dynamic network surgery (DNS).
 
-    T = 0 where |w| < a, 1 where |w| >= b, as before between; a = mean|w| + c std|w|, b = a + margin std|w|, fixed at the start (survey 001, 2.1.1 [24]). All of
-    w learns through the mask, so a weight wrongly cut can return. The mask is looked at again with probability 1 / (1 + decay step).
+    T = 0 where |w| < a, 1 where |w| >= b, as before between; a = mean|w| + c std|w|, b = a + margin std|w|, fixed at the start
+    (survey 001, 2.1.1 [24]). All of w learns through the mask, so a weight wrongly cut can return. The mask is looked at again
+    with probability 1 / (1 + decay step).
     """
     if state is None:
         mean, std = w.abs().mean().item(), w.abs().std().item()
@@ -244,9 +245,9 @@ def sparse_variational_dropout(
 ) -> Masked:  # fmt: skip
     """Sparse variational dropout.
 
-    Each weight is noisy, w + sigma eps, with its own learned sigma; KL(log alpha) / N rewards noise, alpha = sigma^2 / w^2, and where log alpha passes
-    ``threshold`` the weight is noise alone and goes (survey 001, 2.1.1 [30]). The noise is sampled at the pre-activations. ``log_sigma2`` is where the noise
-    starts; ``warmup`` is the share of training over which the KL term grows to ``kl_weight``.
+    Each weight is noisy, w + sigma eps, with its own learned sigma; KL(log alpha) / N rewards noise, alpha = sigma^2 / w^2, and where log
+    alpha passes ``threshold`` the weight is noise alone and goes (survey 001, 2.1.1 [30]). The noise is sampled at the pre-activations.
+    ``log_sigma2`` is where the noise starts; ``warmup`` is the share of training over which the KL term grows to ``kl_weight``.
     """
     state = state or {"log_sigma2": torch.full_like(w, log_sigma2)}
     stays = _log_alpha(w, state["log_sigma2"]) < threshold
@@ -274,7 +275,9 @@ def _l0_penalty(packed, examples, *, lam, beta):
 Temper = Annotated[float, Span(0.1, 1)]
 
 
-@score("Louizos, Welling & Kingma 2018, Learning sparse neural networks through L0 regularization", chapter="02", training=Training(penalty=_l0_penalty))
+@score(
+    "Louizos, Welling & Kingma 2018, Learning sparse neural networks through L0 regularization", chapter="02", training=Training(penalty=_l0_penalty)
+)
 def l0_hard_concrete(w, training, *, lam: Penalty = 0.1, beta: Temper = 2 / 3, start: Temper = 0.9, state: State | None = None) -> Masked:
     """L0 regularization with hard concrete gates.
 

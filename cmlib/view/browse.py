@@ -22,8 +22,8 @@ def methods_table(chapter: str | None = None, text: str = "") -> pd.DataFrame:
     """One row a method: its key, name, kind, knobs, what it asks for, paper; those of one chapter, or with ``text`` anywhere in the row."""
     rows = [_row(m) for m in catalog().values() if chapter in (None, m.chapter)]
     table = pd.DataFrame(rows, columns=["key", "name", "chapter", "kind", "knobs", "asks for", "paper"])
-    hits = table.apply(lambda row: text.lower() in " ".join(map(str, row)).lower(), axis=1) if len(table) else []
-    return table[hits].set_index("key")
+    hits = [text.lower() in " ".join(row).lower() for row in table.itertuples(index=False)]
+    return table.loc[hits].set_index("key")
 
 
 def _row(m: Method) -> list[str]:

@@ -74,7 +74,15 @@ class LayerView:
             return
         n, h, width = self.before.shape
         what = "filters (first input channel)" if w.dim() == 4 else "units"
-        card = {"kind": "strip", "n": n, "h": h, "w": width, "palette": "diverging", "caption": f"{n} {what} of {self.name}, before", "caption_after": "… and after"}
+        card = {
+            "kind": "strip",
+            "n": n,
+            "h": h,
+            "w": width,
+            "palette": "diverging",
+            "caption": f"{n} {what} of {self.name}, before",
+            "caption_after": "… and after",
+        }
         alt = f"{n} {what} of {self.name} as pictures, before and after compression"
         out.add({**card, "alt": alt}, before=self.before, after=self.pictures(w))
 
@@ -87,9 +95,19 @@ class LayerView:
         else:
             matrix = mask.flatten(1).float()
             size = min(matrix.shape[0], 64), min(matrix.shape[1], 96)
-            picture, caption = F.adaptive_avg_pool2d(matrix[None, None], size)[0, 0], f"share kept · {self.name} as a matrix, outputs down, inputs across"
+            picture, caption = (
+                F.adaptive_avg_pool2d(matrix[None, None], size)[0, 0],
+                f"share kept · {self.name} as a matrix, outputs down, inputs across",
+            )
         h, w = picture.shape
-        card = {"kind": "image", "h": h, "w": w, "palette": "sequential", "caption": caption, "alt": f"{caption}; {kept / mask.numel():.1%} of the weights stay"}
+        card = {
+            "kind": "image",
+            "h": h,
+            "w": w,
+            "palette": "sequential",
+            "caption": caption,
+            "alt": f"{caption}; {kept / mask.numel():.1%} of the weights stay",
+        }
         out.add(card, buffer=(picture * 255).to(torch.uint8))
 
 
@@ -112,7 +130,15 @@ def maps_strip(out: Cards, layer: str, before: Tensor | None, after: Tensor | No
     low, high = before.min(), before.max()
     before, after = (((m - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255 for m in (before, after))
     n, h, w = before.shape
-    card = {"kind": "strip", "n": n, "h": h, "w": w, "palette": "grey", "caption": f"what {layer} makes of one image, before", "caption_after": "… and after"}
+    card = {
+        "kind": "strip",
+        "n": n,
+        "h": h,
+        "w": w,
+        "palette": "grey",
+        "caption": f"what {layer} makes of one image, before",
+        "caption_after": "… and after",
+    }
     out.add({**card, "alt": f"{n} feature maps of {layer} before and after"}, before=before.to(torch.uint8), after=after.to(torch.uint8))
 
 

@@ -36,6 +36,7 @@ from .words import Dense, State
 
 HERE = Path(__file__).parent
 REST = 0.35  # seconds without a move before the slow figures are measured
+HOPS = 12  # turns of the kernel's loop between two batches: what a message takes to arrive
 SHOWN = 12  # flipped images that are shown
 OWN = "a function of your own"  # the source of a method that is a plain function
 NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net", "mlp": "64-32-10 net", "cnn": "small CNN"}
@@ -246,7 +247,7 @@ class Explorer(anywidget.AnyWidget):
     def _on_ready(self, message: dict[str, Any]) -> None:
         """A view opened: show it where the kernel stands."""
         self.seq = max(self.seq, message.get("seq", 0))
-        self._picture(self.state, knobs={n: v for n, v in self.state.knobs.items() if v is not None}, layer=self.layer)
+        self._picture(self.state)
         self._later(self._measure(self.seq, self.state))
 
     def _on_move(self, message: dict[str, Any]) -> None:
@@ -260,9 +261,10 @@ class Explorer(anywidget.AnyWidget):
         whole = {n for n, k in self.method.knobs.items() if isinstance(k.span, Span) and k.span.integer}
         return {n: int(v) if n in whole else v for n, v in knobs.items()}
 
-    def _picture(self, state: State, **where: Any) -> None:
-        """What is known at once: the pictures, the bytes, the table with what is not yet measured left open."""
+    def _picture(self, state: State) -> None:
+        """What is known at once: the pictures, the bytes, the table with what is not yet measured left open; and where, for other views."""
         found, size = self.pictures(state), {"bytes": state.file_bytes, "label": words.size_text(state.file_bytes)}
+        where = {"knobs": {n: v for n, v in state.knobs.items() if v is not None}, "layer": self.layer}
         said = {"point": size, "cells": self.cells(state), "notes": self.notes(state)}
         self.send({"type": "picture", "seq": self.seq, "cards": found.cards, **said, **where}, found.buffers)
         self.send({"type": "line", "seq": self.seq, "line": self.line(state)})
@@ -281,7 +283,7 @@ class Explorer(anywidget.AnyWidget):
         shown = 1.0
         try:
             for estimate, answers in self.live.estimates(state.weights):
-                for _ in range(4):  # let the kernel take a newer move, which cancels this
+                for _ in range(HOPS):  # let the kernel take a newer move, which cancels this
                     await asyncio.sleep(0)
                 if estimate and not estimate.exact and estimate.half < 0.7 * shown:
                     state.estimate, shown = estimate, estimate.half

@@ -6,7 +6,6 @@ count; nothing is computed twice, and between batches a newer move can take over
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,17 +37,18 @@ class Estimate:
         return self.done == self.total
 
 
-def interval(correct: int, done: int, total: int, z: float = Z95) -> Estimate:
-    """Wilson's 95 % interval for the share correct among ``total`` images after ``done`` drawn without replacement.
+def interval(correct: Tensor, done: Tensor, total: Tensor, z: float = Z95) -> Estimate:
+    """The 95 % interval for the share correct among all images, from counts of each class: correct, done, and in all.
 
-    The finite population enters as more effective draws, done (total - 1) / (total - done); with all images done it is the figure itself.
+    A stratified sample without replacement: classes weigh as in the whole, each class's variance p (1 - p) / n shrinks by (N - n) / (N - 1). One
+    right and one wrong answer are added to each class where its variance is taken (not its share), so that a class of which all are right so far
+    still counts as uncertain.
     """
-    if done == total:
-        return Estimate(correct / total, 0.0, done, total)
-    n, p = done * (total - 1) / (total - done), correct / done
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Estimate(middle, half, done, total)
+    correct, done, total = (count[total > 0].double() for count in (correct, done, total))
+    weight, smooth = total / total.sum(), (correct + 1) / (done + 2)
+    variance = smooth * (1 - smooth) / done * (total - done) / (total - 1).clamp(min=1)
+    half = z * (weight**2 * variance).sum().sqrt().item()
+    return Estimate((weight * correct / done).sum().item(), half, int(done.sum()), int(total.sum()))
 
 
 class Live:
@@ -62,6 +62,7 @@ class Live:
         images, labels = pair_of(data, part)
         self.order = stratified(labels, len(labels))
         self.images, self.labels = images[self.order], labels[self.order]
+        self.totals = torch.bincount(labels)
         device = device_of(model)
         x = as_input(self.images, self.model)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
@@ -95,13 +96,19 @@ class Live:
     def estimates(self, weights: dict[str, Tensor]) -> Iterator[tuple[Estimate | None, Tensor]]:
         """After each batch: the estimate, or None while it is too wide to show, and the answers so far. The last is exact."""
         answers: list[Tensor] = []
-        done = correct = 0
+        correct, done = torch.zeros_like(self.totals), torch.zeros_like(self.totals)
         for part in self.batches(weights):
+            labels = self.labels[int(done.sum()) :][: len(part)]
             answers.append(part)
-            correct += int((part == self.labels[done : done + len(part)]).sum())
-            done += len(part)
-            now = interval(correct, done, len(self.labels))
-            yield (now if now.exact or (done >= FIRST and now.half <= HALF_WIDTH) else None), torch.cat(answers) if now.exact else part
+            correct += self._count(labels[part == labels])
+            done += self._count(labels)
+            now = interval(correct, done, self.totals)
+            wide = now.done < FIRST or not now.half <= HALF_WIDTH
+            yield (None if wide and not now.exact else now), torch.cat(answers) if now.exact else part
+
+    def _count(self, labels: Tensor) -> Tensor:
+        """How many of each class."""
+        return torch.bincount(labels, minlength=len(self.totals))
 
     def accuracy(self, weights: dict[str, Tensor] | None = None) -> float:
         """The exact accuracy, in [0, 1]."""
@@ -110,5 +117,4 @@ class Live:
 
     def by_class(self, answers: Tensor) -> Tensor:
         """Accuracy of each class."""
-        hits = torch.bincount(self.labels[answers == self.labels], minlength=int(self.labels.max()) + 1)
-        return hits / torch.bincount(self.labels)
+        return self._count(self.labels[answers == self.labels]) / self.totals

@@ -17,7 +17,7 @@ class Guess(widgets.VBox):
         self.guess: float | None = None
         self.answer: float | None = None
         self.slider = widgets.FloatSlider((lo + hi) / 2, min=lo, max=hi, step=(hi - lo) / 200, description=f"guess, {unit}" if unit else "guess",
-                                          readout_format=".3g", style={"description_width": "initial"}, layout={"width": "28em"})  # fmt: skip
+                                          readout_format=",.0f" if hi >= 1000 else ".3g", style={"description_width": "initial"}, layout={"width": "28em"})  # fmt: skip
         self.button = widgets.Button(description="lock in", tooltip="measure the answer now", button_style="warning")
         self.button.on_click(lambda _: self.reveal())
         self.said = widgets.HTML()
@@ -35,8 +35,14 @@ class Guess(widgets.VBox):
             self.said.value = f'<p role="alert">Measuring failed: {html.escape(f"{type(error).__name__}: {error}")}</p>'
             return
         off = self.guess - self.answer
-        verdict = "spot on" if abs(off) <= 0.01 * (self.slider.max - self.slider.min) else f"{abs(off):.3g} {self.unit} too {'high' if off > 0 else 'low'}"
-        self.said.value = f'<p role="status">You said {self.guess:.3g} {self.unit}; measured {self.answer:.3g} {self.unit}: {verdict}. {html.escape(self.why)}</p>'
+        close = abs(off) <= 0.01 * (self.slider.max - self.slider.min)
+        verdict = "spot on" if close else f"{self._say(abs(off))} too {'high' if off > 0 else 'low'}"
+        said = f"You said {self._say(self.guess)}; measured {self._say(self.answer)}: {verdict}. {html.escape(self.why)}"
+        self.said.value = f'<p role="status">{said}</p>'
+
+    def _say(self, value: float) -> str:
+        """Three digits, or all before the point, and the unit."""
+        return f"{f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}'} {html.escape(self.unit)}".rstrip()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """The widget, and beside it the question alone for pages where no widget runs."""

@@ -74,7 +74,9 @@ def _speed(row: Row | None) -> list[list[str]]:
 def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     """What the figures mean, and why some did not move."""
     empty = [n for n, p in state.plan.items() if p.kept == 0]
-    found = [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: the network now answers the same for every image.")] if empty else []
+    found = (
+        [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: the network now answers the same for every image.")] if empty else []
+    )
     title = f"{times(state.total, state.kept)} fewer weights, {times(dense.file_bytes, state.file_bytes)} smaller file."
     found.append(note("info", title, _storage(state)))
     if is_n_of_m(state.knobs.get("unit", "")):

@@ -1,0 +1,184 @@
+"""Training beside the panel: it ends, it can be stopped, it says why it failed, and the panel hears of all three."""
+
+import asyncio
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from cmlib.core.apply import plan_of
+from cmlib.lab import child as module
+from cmlib.lab.child import Child
+from cmlib.lab.files import load
+from cmlib.lab.train import evaluate
+from cmlib.view import explorer
+from cmlib.view.explorer import explore
+
+HAN = "magnitude_pruning_han"
+JOB = {"net": "linear", "data": "digits", "seed": 0, "method": HAN, "where": "*", "knobs": {"keep": 0.2}, "epochs": 2}
+
+
+def finish(child, patience=60):
+    end = time.monotonic() + patience
+    while child.running:
+        assert time.monotonic() < end, child.path.joinpath("log").read_text()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def started():
+    """Makes children, and ends those that a test leaves."""
+    made = []
+
+    def start(**job):
+        made.append(Child(**{**JOB, **job}))
+        return made[-1]
+
+    yield start
+    for child in made:
+        child.stop()
+
+
+def test_a_training_runs_to_its_end(started, digits):
+    child = started()
+    finish(child)
+    report = child.report()
+    assert child.failure == "" and report["step"] == report["steps"] == 2 * -(-len(digits.train[1]) // 128)
+    trained = load(child.path / "model.cml")
+    assert report["accuracy"] == evaluate(trained, digits)
+    assert report["bytes"] == os.path.getsize(child.path / "model.cml")
+    (packed,) = plan_of(trained).values()
+    assert packed.kept == round(0.2 * 640)  # the mask held
+    steps = [json.loads(line)["step"] for line in (child.path / "reports").read_text().splitlines()]
+    assert steps == sorted(steps) and len(steps) >= 2
+
+
+def test_a_training_can_be_stopped(started):
+    child = started(epochs=100_000)
+    end = time.monotonic() + 60
+    while not child.report():
+        assert child.running and time.monotonic() < end
+        time.sleep(0.02)
+    assert child.report()["step"] < child.report()["steps"] and "accuracy" not in child.report()
+    child.stop()
+    assert not child.running and child.failure == ""
+    child.stop()  # and again does no harm
+
+
+def test_it_leaves_the_machine_to_others(started, monkeypatch):
+    seen = {}
+    popen = module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: seen.update(k["env"]) or popen(*a, **k))
+    child = started(epochs=100_000)
+    while not child.report():
+        assert child.running
+        time.sleep(0.02)
+    assert seen["OMP_NUM_THREADS"] == seen["MKL_NUM_THREADS"] == "1"
+    if hasattr(os, "getpriority"):
+        assert os.getpriority(os.PRIO_PROCESS, child.process.pid) >= 10
+
+
+@pytest.mark.parametrize(("wrong", "said"), [({"seed": 77}, "does not ship"), ({"knobs": {"kep": 1}}, "did you mean 'keep'")])
+def test_a_failure_has_its_reason(started, wrong, said):
+    child = started(**wrong)
+    assert child.failure == ""
+    finish(child)
+    assert said in child.failure and child.report() == {}
+
+
+def test_the_folder_goes_with_the_child(started):
+    child = Child(**{**JOB, "epochs": 100_000})
+    folder = child.path
+    child.stop()
+    del child
+    assert not folder.exists()
+
+
+# The button of the panel
+
+
+def conversation(panel, patience=90):
+    heard = []
+    panel.send = lambda content, buffers=None: heard.append(content)
+
+    async def until(*states):
+        end = asyncio.get_running_loop().time() + patience
+        while not any(m["type"] == "train" and m["state"] in states for m in heard):
+            assert asyncio.get_running_loop().time() < end, heard
+            await asyncio.sleep(0.02)
+        return [m for m in heard if m["type"] == "train"]
+
+    return heard, until
+
+
+def test_the_button_trains_what_is_left(digits):
+    panel = explore(HAN, net="mlp", data="digits", keep=0.1)
+    heard, until = conversation(panel)
+    state = panel.state
+
+    async def go():
+        panel._receive(panel, {"type": "train"}, [])
+        await asyncio.sleep(0.05)
+        panel._receive(panel, {"type": "move", "seq": 1, "knobs": {"keep": 0.5}}, [])  # the sliders live on meanwhile
+        return await until("done", "failed", "stopped")
+
+    messages = asyncio.run(go())
+    done = messages[-1]
+    assert [m["state"] for m in messages[:-1]] == ["running"] * (len(messages) - 1) and done["state"] == "done"
+    assert "progress" not in done and all(0 <= m["epoch"] <= m["epochs"] for m in messages)
+    (trained,) = panel.trained
+    assert done["point"]["accuracy"] == trained["accuracy"] == evaluate(load(panel._child.path / "model.cml"), digits)
+    assert not torch.equal(load(panel._child.path / "model.cml").fc1.weight, panel.model(state).fc1.weight)
+    assert done["point"]["bytes"] == trained["bytes"] == os.path.getsize(panel._child.path / "model.cml")
+    assert trained["knobs"]["keep"] == 0.1 and f"{100 * state.accuracy:.2f} %" in done["text"]
+    assert any(m["type"] == "exact" and m["seq"] == 1 for m in heard)
+
+
+def test_the_button_stops_it():
+    panel = explore(HAN, net="mlp", data="digits")
+    _, until = conversation(panel)
+
+    async def go():
+        panel._receive(panel, {"type": "train"}, [])
+        await until("running")
+        panel._receive(panel, {"type": "stop"}, [])
+        return await until("stopped", "failed", "done")
+
+    assert asyncio.run(go())[-1]["state"] == "stopped"
+    assert not panel._child.running and panel.trained == []
+
+
+def test_a_training_that_fails_is_said(monkeypatch):
+    panel = explore(HAN, net="mlp", data="digits")
+    heard, until = conversation(panel)
+    monkeypatch.setattr(explorer, "Child", lambda **job: Child(**{**job, "seed": 77}))
+
+    async def go():
+        panel._receive(panel, {"type": "train"}, [])
+        return await until("failed", "stopped", "done")
+
+    last = asyncio.run(go())[-1]
+    assert last["state"] == "failed" and "does not ship" in last["text"]
+    panel._receive(panel, {"type": "move", "seq": 1, "knobs": {"keep": 0.5}}, [])
+    assert any(m["type"] == "exact" for m in heard)
+
+
+def test_closing_the_panel_ends_its_training():
+    panel = explore(HAN, net="mlp", data="digits")
+
+    async def go():
+        panel._receive(panel, {"type": "train"}, [])
+        await asyncio.sleep(0.1)
+        panel.close()
+
+    asyncio.run(go())
+    assert not panel._child.running
+
+
+def test_stop_without_training_is_nothing():
+    panel = explore(HAN, net="mlp", data="digits")
+    heard, _ = conversation(panel)
+    panel._receive(panel, {"type": "stop"}, [])
+    assert heard == []
