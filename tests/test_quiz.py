@@ -104,6 +104,7 @@ def test_the_browser_follows_search_and_chapter():
     (search, chapter), shown = panel.children[0].children, panel.children[1]
     assert isinstance(search, widgets.Text) and search.description and chapter.description
     assert f"{len(catalog())} of {len(catalog())} methods" in shown.value and "magnitude_pruning_han" in shown.value
+    assert chapter.label == "all"
     search.value = "surgeon"
     assert f"{len(methods_table(text='surgeon'))} of" in shown.value and "magnitude_pruning_han" not in shown.value
     chapter.value = "02"

@@ -73,7 +73,7 @@ def encode(values: np.ndarray, mask: np.ndarray, format: str) -> tuple[Arrays, d
         return {"values": flat[kept], "columns": by_row.nonzero()[1].astype(_narrow(by_row.shape[1])), "starts": starts}, {}
     if format == "relative":
         gaps = _gaps(kept)
-        k, fillers = _gap_bits(gaps, flat.itemsize)
+        k, _ = _gap_bits(gaps, flat.itemsize)
         out, codes = _fill(flat[kept], gaps, k)
         return {"values": out, "gaps": pack_bits(codes, k)}, {"k": k}
     raise ValueError(f"storage={format!r} is not known; allowed are auto, {', '.join(FORMATS)}")

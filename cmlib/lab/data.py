@@ -63,17 +63,18 @@ class Data:
         return f"Data({self.name}: {parts}; {len(self.classes)} classes, images {tuple(self.train[0].shape[1:])})"
 
 
-def load_data(name: str) -> Data:
+def load_data(name: str, *, download: bool = False) -> Data:
     """The data set ``name``: one of mnist, fashion_mnist, digits, cifar10.
 
     Validation is 5,000 images, or 15 % of a smaller set, taken from the training part in equal shares a class by a fixed
-    draw, so that it is the same on every machine. The second call returns the same object.
+    draw, so that it is the same on every machine. The second call returns the same object. Only CIFAR-10 does not ship: with ``download``
+    torchvision fetches it once into the user's cache folder.
 
     Raises ``DataError`` where the name is unknown or the files are missing, cut or altered.
     """
     if name not in CLASSES:
         raise DataError(f"no data set {name!r}; there are {', '.join(CLASSES)}")
-    return _load(name, os.environ.get(CIFAR10, "") if name == "cifar10" else "")
+    return _load(name, _cifar10_source(download) if name == "cifar10" else "")
 
 
 @lru_cache(maxsize=4)
@@ -136,13 +137,29 @@ def _digits() -> tuple[Pair, Pair]:
     return (images[order[~test]], labels[order[~test]]), (images[order[test]], labels[order[test]])
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cmlib"
+
+
+def _cifar10_source(download: bool) -> str:
+    """Where CIFAR-10 is: as the environment says, else in the cache, where ``download`` puts it."""
+    fetched = _cache() / "cifar10"
+    if os.environ.get(CIFAR10):
+        return os.environ[CIFAR10]
+    if download:
+        from torchvision.datasets import CIFAR10 as Torchvision
+
+        Torchvision(fetched, download=True)
+    if not fetched.exists():
+        raise DataError(
+            f"CIFAR-10 does not ship with the kit: call load_data('cifar10', download=True), or set {CIFAR10} to torchvision's folder or to an "
+            ".npz file of JPEGs (datasets/README.md names its arrays)"
+        )
+    return str(fetched)
+
+
 def _cifar10(source: str) -> tuple[Pair, Pair]:
     """CIFAR-10 from torchvision's folder or from one npz file of JPEGs; decoded pixels are kept beside it for next time."""
-    if not source:
-        raise DataError(
-            f"CIFAR-10 does not ship with the kit. Set {CIFAR10} to the folder that torchvision.datasets.CIFAR10(folder, "
-            "download=True) filled, or to an .npz file of JPEGs (datasets/README.md names its arrays)"
-        )
     path = Path(source)
     if not path.exists():
         raise DataError(f"{CIFAR10}={source}: no such folder or file")
@@ -161,7 +178,7 @@ def _cifar10(source: str) -> tuple[Pair, Pair]:
 def _cifar10_jpeg(path: Path) -> tuple[Pair, Pair]:
     from PIL import Image
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cmlib"
+    cache = _cache()
     stamp = path.stat()
     kept = cache / f"cifar10-{sha256(f'{path.resolve()}{stamp.st_size}{stamp.st_mtime_ns}'.encode())[:16]}.npz"
     if not kept.exists():

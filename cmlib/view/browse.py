@@ -34,12 +34,13 @@ def _row(m: Method) -> list[str]:
 def browse() -> widgets.Widget:
     """The catalogue with a search box and a choice of chapter."""
     search = widgets.Text(description="search", placeholder="a name, a knob, an author", continuous_update=True)
-    chapters = widgets.Dropdown(description="chapter", options=[("all", None), *((c, c) for c in sorted({m.chapter for m in catalog().values()}))])
+    chapters = widgets.Dropdown(description="chapter", options=[("all", ""), *((c, c) for c in sorted({m.chapter for m in catalog().values()}))])
     shown = widgets.HTML()
 
     def update(_: object = None) -> None:
-        table = methods_table(chapters.value, search.value)
-        shown.value = f"<p role='status'>{len(table)} of {len(catalog())} methods</p>" + table.to_html(border=0)
+        table = methods_table(chapters.value or None, search.value)
+        count = f"<p role='status'>{len(table)} of {len(catalog())} methods</p>"
+        shown.value = count + table.reset_index().to_html(border=0, index=False, justify="left")
 
     for control in (search, chapters):
         control.observe(update, "value")

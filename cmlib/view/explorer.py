@@ -1,7 +1,7 @@
 """The explorer: a method's knobs beside what they do to a real network, measured while the hand moves.
 
-``explore(method, net=..., data=...)`` makes the panel. A move of a slider shows its picture at once, then an interval for the accuracy, then the exact
-figure, and when the hand rests the file that ``save`` writes and the latency. A newer move cancels what an older one had left to do.
+``explore(method, net=..., data=...)`` makes the panel. A move of a slider shows its picture at once, then an interval for the accuracy, then
+the exact figure, and when the hand rests the file that ``save`` writes and the latency. A newer move cancels what an older one had left to do.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ REST = 0.35  # seconds without a move before the slow figures are measured
 HOPS = 12  # turns of the kernel's loop between two batches: what a message takes to arrive
 SHOWN = 12  # flipped images that are shown
 OWN = "a function of your own"  # the source of a method that is a plain function
-NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net", "mlp": "64-32-10 net", "cnn": "small CNN"}
+NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net",
+        "mlp": "64-32-10 net", "cnn": "small CNN"}  # fmt: skip
 SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "8×8 digits", "cifar10": "CIFAR-10"}
 
 
 def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", data: Data | str | Any = "mnist", **settings: Any) -> Explorer:
     """A panel in which ``method`` (a key of the catalogue, a method, or any function with annotated knobs) acts on a trained network.
 
-    ``net`` and ``data`` are names of the kit's, or a module and a pair (images, labels) or data set of your own. ``where`` names the covered layers, ``layer`` the
-    pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells the accuracy there; other keywords are starting values of knobs.
+    ``net`` and ``data`` are names of the kit's, or a module and a pair (images, labels) or data set of your own. ``where`` names the covered
+    layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells the accuracy there; other keywords are
+    starting values of knobs.
     """
     if callable(method) and not isinstance(method, Method):
         method = score(OWN, chapter="-")(method)
@@ -180,7 +182,8 @@ class Explorer(anywidget.AnyWidget):
         method = repr(key) if self.listed else f'score("{OWN}", chapter="-")({key})' if self.method.paper == OWN else key
         changed = {n: v for n, v in state.knobs.items() if v != self.method.knobs[n].default or n == next(iter(state.knobs))}
         where = [f"where={self.where!r}"] if self.where != "*" else []
-        asks = [f'data=load_data("{self.data.name}")' if isinstance(self.data, Data) else "data=data"] if set(self.method.asks) - {"w", "training"} else []
+        data = f'data=load_data("{self.data.name}")' if isinstance(self.data, Data) else "data=data"
+        asks = [data] if set(self.method.asks) - {"w", "training"} else []
         knobs = [f"{n}={v!r}" for n, v in changed.items()]
         return f"compress({', '.join([net, method, *where, *asks, *knobs])})"
 
@@ -229,9 +232,13 @@ class Explorer(anywidget.AnyWidget):
             "dense": {"accuracy": self.live.accuracy(), "bytes": self.dense.file_bytes},
             "published": self.published, "line": self.line(),
             "walked": [words.point(s) for s in self.path],
-            "predict": {"question": f"What accuracy will be left at {', '.join(f'{k} = {v}' for k, v in self.predict.items())}?", "at": self.predict} if self.predict else None,
+            "predict": self._question() if self.predict else None,
             "train": {"label": "retrain", "title": "train what is left for one epoch, in a process of its own"} if source and self.listed else None,
         }  # fmt: skip
+
+    def _question(self) -> dict[str, Any]:
+        at = ", ".join(f"{k} = {v}" for k, v in self.predict.items())
+        return {"question": f"What accuracy will be left at {at}?", "at": self.predict}
 
     # the conversation with the browser --------------------------------------------------------------------------
 
@@ -282,7 +289,7 @@ class Explorer(anywidget.AnyWidget):
     async def _measure(self, seq: int, state: State) -> None:
         shown = 1.0
         try:
-            for estimate, answers in self.live.estimates(state.weights):
+            for estimate, answers in self.live.estimates(state.weights):  # noqa: B007 (the last answers are all of them)
                 for _ in range(HOPS):  # let the kernel take a newer move, which cancels this
                     await asyncio.sleep(0)
                 if estimate and not estimate.exact and estimate.half < 0.7 * shown:
@@ -310,10 +317,11 @@ class Explorer(anywidget.AnyWidget):
         images = self.live.images[lost[:SHOWN]]
         images = images[:, :1] if images.dim() == 4 else images[:, None] if images.dim() == 3 else images.new_empty(0, 1, 1, 1)
         pictures = (images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).to(torch.uint8)).cpu()
-        names = [{"truth": self.class_name(int(labels[i])), "before": self.class_name(int(dense[i])), "after": self.class_name(int(answers[i]))} for i in lost[: len(pictures)]]
+        kinds = {"truth": labels, "before": dense, "after": answers}
+        names = [{kind: self.class_name(int(of[i])) for kind, of in kinds.items()} for i in lost[: len(pictures)]]
         caption = f"{len(lost):,} images right before and wrong now; {gained:,} the other way"
-        h, w = (pictures.shape[-2], pictures.shape[-1])
-        return {"n": len(names), "w": w, "h": h, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
+        size = {"n": len(names), "h": pictures.shape[-2], "w": pictures.shape[-1]}
+        return {**size, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
 
     async def _rest(self, state: State, seq: int | None = None) -> None:
         """What takes too long for a moving hand: the file that ``save`` writes, the latency beside the dense network's."""
@@ -343,15 +351,16 @@ class Explorer(anywidget.AnyWidget):
         self._show_pins()
 
     def _show_pins(self) -> None:
-        pins = [{"label": "AB"[i], "cells": [[c[0], c[2]] for c in self.cells(s)], "line": self.line(s), "point": words.point(s)} for i, s in enumerate(self.pins)]
-        self.send({"type": "pinned", "pins": pins})
+        pins = [{"cells": [[c[0], c[2]] for c in self.cells(s)], "line": self.line(s), "point": words.point(s)} for s in self.pins]
+        self.send({"type": "pinned", "pins": [{"label": label, **pin} for label, pin in zip("AB", pins)]})
 
     def _on_guess(self, message: dict[str, Any]) -> None:
         at = self.predict or message.get("knobs", {})
         actual = self.live.accuracy(self.look({**self.start, **at}).weights)
         self.guesses.append({"at": at, "guess": message["value"], "actual": actual})
         off = 100 * (message["value"] - actual)
-        text = f"You said {words.pct(message['value'], 0)}; measured {words.pct(actual, 1)}: " + ("spot on." if abs(off) < 1 else f"{abs(off):.0f} points too {'high' if off > 0 else 'low'}.")
+        verdict = "spot on" if abs(off) < 1 else f"{abs(off):.0f} points too {'high' if off > 0 else 'low'}"
+        text = f"You said {words.pct(message['value'], 0)}; measured {words.pct(actual, 1)}: {verdict}."
         self.send({"type": "guess", "value": message["value"], "actual": actual, "text": text})
 
     def _on_seed(self, message: dict[str, Any]) -> None:
@@ -368,7 +377,8 @@ class Explorer(anywidget.AnyWidget):
     def _on_train(self, _: dict[str, Any]) -> None:
         """Train what the state shown leaves for one epoch, in a child process."""
         if self.source is None or not self.listed:
-            raise ValueError("retraining beside the panel needs a network and a method of the kit's, which a second process finds by name; use fit(panel.model(), data)")
+            why = "retraining beside the panel needs a network and a method of the kit's, which a second process finds by name"
+            raise ValueError(f"{why}; use fit(panel.model(), data)")
         self._on_stop({})
         self._child = Child(**self.source, method=self.method.key, where=self.where, knobs=self.state.knobs, epochs=1)
         self._training = asyncio.get_running_loop().create_task(self._train(self._child, self.state))
@@ -389,7 +399,8 @@ class Explorer(anywidget.AnyWidget):
             self.send({"type": "train", **how})
             return
         point = {"bytes": report["bytes"], "accuracy": report["accuracy"], "label": "retrained", "half": 0}
-        text = f"retrained for one epoch: {words.pct(report['accuracy'])} (before: {words.pct(state.accuracy) if state.accuracy is not None else 'not measured'})"
+        before = "not measured" if state.accuracy is None else words.pct(state.accuracy)
+        text = f"retrained for one epoch: {words.pct(report['accuracy'])} (before: {before})"
         self.trained.append({"knobs": state.knobs, **report})
         self.send({"type": "train", "state": "done", "epoch": 1, "epochs": 1, "text": text, "point": point})
 

@@ -10,8 +10,8 @@ const FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif";
 const INK = { text: "#1b2733", muted: "#56657a", grid: "#e1e6ec", track: "#e6ebf0", grey: "#98a6b5", pale: "#eef2f6",
   blue: "#0072B2", vermillion: "#D55E00", vermillionText: "#b34a00", amber: "#E69F00", amberLine: "#b57a00", green: "#009E73" };
 
-let made = 0;                                    // a fresh suffix for each id in the page
-const uid = (word) => `pnl-${word}-${++made}`;
+let made = 0;                                    // a fresh suffix for each id in the page, where every panel has a copy of this module
+const mine = Math.random().toString(36).slice(2, 8), uid = (word) => `pnl-${word}-${mine}-${++made}`;
 
 function assign(node, attributes) {
   for (const [key, value] of Object.entries(attributes)) {

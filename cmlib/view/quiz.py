@@ -16,8 +16,9 @@ class Guess(widgets.VBox):
         self.measure, self.unit, self.why = measure, unit, why
         self.guess: float | None = None
         self.answer: float | None = None
-        self.slider = widgets.FloatSlider((lo + hi) / 2, min=lo, max=hi, step=(hi - lo) / 200, description=f"guess, {unit}" if unit else "guess",
-                                          readout_format=",.0f" if hi >= 1000 else ".3g", style={"description_width": "initial"}, layout={"width": "28em"})  # fmt: skip
+        looks = {"style": {"description_width": "initial"}, "layout": {"width": "28em"}, "readout_format": ",.0f" if hi >= 1000 else ".3g"}
+        label = f"guess, {unit}" if unit else "guess"
+        self.slider = widgets.FloatSlider((lo + hi) / 2, min=lo, max=hi, step=(hi - lo) / 200, description=label, **looks)
         self.button = widgets.Button(description="lock in", tooltip="measure the answer now", button_style="warning")
         self.button.on_click(lambda _: self.reveal())
         self.said = widgets.HTML()
