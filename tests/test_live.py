@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmlib.core.inputs import as_input
+from cmlib.core.inputs import as_input, stratified
 from cmlib.lab.data import load_data
 from cmlib.lab.train import evaluate
 from cmlib.lab.verbs import compress, plan
@@ -45,51 +45,75 @@ def weights_of(model, keep, where="*"):
 # The interval
 
 
-def first_shown(hits, batch=125):
-    """The estimate at which ``Live.estimates`` would first show one, for images answered rightly (1) or not (0) in this order."""
-    counts = hits.cumsum(1)
-    found = []
-    for row in counts:
-        for done in range(batch, len(row) + batch, batch):
-            done = min(done, len(row))
-            now = interval(int(row[done - 1]), done, len(row))
-            if now.exact or (done >= FIRST and now.half <= HALF_WIDTH):
+def first_shown(labels, shares, draws=2_000, batch=125):
+    """Estimates as ``Live.estimates`` would first show them, where class c has ``shares[c]`` right, its images dealt out anew each time."""
+    totals, labels = torch.bincount(labels), labels[stratified(labels, len(labels))]
+    right = [round(share * int(n)) for share, n in zip(shares, totals)]
+    hits = torch.zeros(draws, len(labels), dtype=torch.bool)
+    for c, count in enumerate(right):
+        at = (labels == c).nonzero().flatten()
+        hits[:, at] = torch.rand(draws, len(at)).argsort(1) < count
+    looks = range(batch, len(labels) + batch, batch)
+    kinds = nn.functional.one_hot(labels).float()
+    done = [kinds[:n].sum(0).long() for n in looks]
+    correct = torch.stack([hits[:, :n].float() @ kinds[:n] for n in looks], 1).long()
+    shown = []
+    for draw in correct:
+        for so_far, seen in zip(draw, done):
+            now = interval(so_far, seen, totals)
+            if now.exact or (now.done >= FIRST and now.half <= HALF_WIDTH):
                 break
-        found.append(now)
-    return found
+        shown.append(now)
+    return shown, sum(right) / len(labels)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.995])
-def test_intervals_cover_the_exact_figure(share):
-    total, draws = 5_000, 2_000
-    right = round(share * total)
-    order = torch.rand(draws, total).argsort(1)
-    shown = first_shown((order < right).int())
-    covered = sum(abs(e.accuracy - right / total) <= e.half for e in shown) / draws
-    assert covered >= 0.94
-    assert all(e.half <= HALF_WIDTH for e in shown)
-    assert any(not e.exact for e in shown)
+PROFILES = {
+    "good": [0.99] * 10, "better": [0.998] * 10, "fair": [0.95] * 10, "uneven": [1.0, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7],
+    "half": [0.5] * 10, "forgets two": [0.98] * 8 + [0.0, 0.02], "one answer": [1.0] + [0.0] * 9,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("share", [0.6, 0.93, 0.98])
-def test_intervals_cover_in_a_small_set(share):
-    total = 1_000
-    right = round(share * total)
-    order = torch.rand(2_000, total).argsort(1)
-    shown = first_shown((order < right).int())
-    assert sum(abs(e.accuracy - right / total) <= e.half + 1e-12 for e in shown) >= 0.94 * 2_000
+@pytest.mark.parametrize("profile", PROFILES)
+def test_intervals_cover_the_exact_figure(mnist, profile):
+    shown, exact = first_shown(mnist.validation[1], PROFILES[profile])
+    assert sum(abs(e.accuracy - exact) <= e.half + 1e-12 for e in shown) >= 0.94 * len(shown)
+    assert all(e.half <= HALF_WIDTH and e.done >= FIRST for e in shown)
+    assert all(not e.exact for e in shown)  # something is shown before the end
+
+
+@pytest.mark.parametrize("profile", ["good", "fair", "uneven", "forgets two"])
+def test_intervals_cover_in_a_small_set_of_unequal_classes(profile):
+    labels = torch.arange(10).repeat_interleave(torch.tensor([15, 25, 50, 60, 80, 100, 120, 150, 190, 210]))
+    shown, exact = first_shown(labels, PROFILES[profile])
+    assert sum(abs(e.accuracy - exact) <= e.half + 1e-12 for e in shown) >= 0.94 * len(shown)
 
 
 def test_all_images_done_is_the_figure_itself():
-    found = interval(433, 500, 500)
-    assert (found.accuracy, found.half, found.exact) == (433 / 500, 0.0, True)
+    correct, total = torch.tensor([240, 193]), torch.tensor([250, 250])
+    found = interval(correct, total, total)
+    assert (found.accuracy, found.half, found.exact, found.done, found.total) == (433 / 500, 0.0, True, 500, 500)
+
+
+def test_an_interval_by_hand():
+    found = interval(torch.tensor([9, 6]), torch.tensor([10, 20]), torch.tensor([100, 300]))
+    assert found.accuracy == pytest.approx(0.25 * 0.9 + 0.75 * 0.3)
+    first = 10 / 12 * 2 / 12 / 10 * 90 / 99
+    second = 7 / 22 * 15 / 22 / 20 * 280 / 299
+    assert found.half == pytest.approx(1.959964 * (0.25**2 * first + 0.75**2 * second) ** 0.5)
 
 
 def test_an_interval_narrows_with_the_images_and_stays_open_at_the_ends():
-    halves = [interval(9 * n // 10, n, 5_000).half for n in (250, 500, 1_000, 2_500, 4_990)]
-    assert halves == sorted(halves, reverse=True) and halves[-1] < 0.001
-    for correct in (0, 250):  # all or none right so far does not mean all or none right
-        assert 0 < interval(correct, 250, 5_000).half < HALF_WIDTH
+    total = torch.full((10,), 500)
+    halves = [interval(torch.full((10,), 9 * n // 10), torch.full((10,), n), total).half for n in (20, 50, 100, 250, 490)]
+    assert halves == sorted(halves, reverse=True) and halves[-1] < 0.002
+    for correct in (0, 25):  # all or none right so far does not mean all or none right
+        assert interval(torch.full((10,), correct), torch.full((10,), 25), total).half > 0
+
+
+def test_a_class_without_images_is_left_out_and_one_not_seen_yet_shows_nothing():
+    found = interval(torch.tensor([20, 0, 30]), torch.tensor([25, 0, 40]), torch.tensor([50, 0, 80]))
+    assert found == interval(torch.tensor([20, 30]), torch.tensor([25, 40]), torch.tensor([50, 80]))
+    assert not interval(torch.tensor([300, 0]), torch.tensor([300, 0]), torch.tensor([900, 2])).half <= HALF_WIDTH
 
 
 # The figures
@@ -116,7 +140,7 @@ def test_the_last_estimate_is_exact_and_answers_come_whole(lenet, lenet_live):
     found = list(lenet_live.estimates(weights))
     last, answers = found[-1]
     assert (last.half, last.done, last.total) == (0.0, 5_000, 5_000)
-    assert last.accuracy == lenet_live.accuracy(weights)
+    assert last.accuracy == pytest.approx(lenet_live.accuracy(weights), abs=1e-12)
     assert torch.equal(answers, lenet_live.answers(weights))
     assert sum(e is not None and not e.exact for e, _ in found) > 0
 

@@ -67,8 +67,9 @@ class Explorer(anywidget.AnyWidget):
     spec = traitlets.Dict().tag(sync=True)
     _child: Child | None = None
 
-    def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None, predict: dict[str, Any] | None = None,
-                 published: Sequence[dict[str, Any]] = (), part: str = "validation", title: str | None = None, **knobs: Any) -> None:  # fmt: skip
+    def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None,
+                 predict: dict[str, Any] | None = None, published: Sequence[dict[str, Any]] = (),
+                 part: str = "validation", title: str | None = None, **knobs: Any) -> None:  # fmt: skip
         self.method, self.data, self.where, self.part = method, data, where, part
         self.title, self.predict, self.published = title or method.title or method.key, predict, list(published)
         self.start = method.bind(knobs)

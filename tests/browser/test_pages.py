@@ -29,7 +29,7 @@ def test_the_notebook_of_chapter_02_runs_and_its_panel_answers(tmp_path):
         pytest.skip("notebooks/02_pruning_weights.ipynb is not there yet")
     (tmp_path / path.name).write_bytes(path.read_bytes())
     with browser.lab(tmp_path, path.name, width=1500, height=1300) as page:
-        browser.run_all(page, timeout=240)
+        browser.run_all(page, timeout=600)
         panel = Panel(page)
         panel.root.scroll_into_view_if_needed()
         if panel.part("predict").is_visible():
