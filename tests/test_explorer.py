@@ -21,7 +21,7 @@ from cmlib.lab.train import evaluate
 from cmlib.lab.zoo import load_net
 from cmlib.methods import catalog
 from cmlib.view import cards as pictures
-from cmlib.view import explorer
+from cmlib.view import explorer, walk
 from cmlib.view.explorer import explore
 
 HAN = "magnitude_pruning_han"
@@ -227,7 +227,7 @@ def test_a_measurement_that_fails_is_said_and_the_panel_lives(monkeypatch, broke
 
     async def go(browser):
         with monkeypatch.context() as patch:
-            patch.setattr(*((explorer, "measure") if broken == "measure" else (panel.live, "estimates")), fail)
+            patch.setattr(*((walk, "measure") if broken == "measure" else (panel.live, "estimates")), fail)
             failed = browser.moves(keep=0.3)
             error = await browser.hears("error")
         fine = browser.moves(keep=0.2)
@@ -455,7 +455,7 @@ def test_moves_leave_the_network_as_it_was():
 
 def test_no_move_copies_the_model(monkeypatch):
     panel = digits_panel()
-    monkeypatch.setattr(explorer, "deepcopy", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(walk, "deepcopy", lambda *_: pytest.fail("copied"))
     monkeypatch.setattr(nn.Module, "__deepcopy__", lambda *_: pytest.fail("copied"), raising=False)
     assert panel.move(keep=0.3).accuracy > 0
 

@@ -56,7 +56,7 @@ def measure(
     if min(batch, rounds, threads) < 1:
         raise ValueError(f"measure needs batch, rounds and threads of 1 at least; got {batch}, {rounds}, {threads}")
     models = {"now": model} if reference is None else {"dense": reference, "now": model}
-    with _threads(threads):
+    with threads_at(threads):
         plain = {key: baked(m) for key, m in models.items()}
         found = {key: _stored(m, plain[key]) | {"batch": batch, "threads": threads} for key, m in models.items()}
         if data is not None:
@@ -74,7 +74,8 @@ def measure(
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_at(count: int) -> Iterator[None]:
+    """torch works with ``count`` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -152,7 +153,7 @@ def latency(models: dict[str, nn.Module], example: Tensor, rounds: int = 30, thr
     one's), rounds (fewer than asked where they would take over two seconds). Neither models nor thread settings are changed.
     """
     calls = [partial(_forward, baked(m), example.to(device_of(m))) for m in models.values()]
-    with _threads(threads), torch.inference_mode():
+    with threads_at(threads), torch.inference_mode():
         times = milliseconds(*calls, repeats=rounds, seconds=2.0)
     low, middle, high = np.quantile(times, (0.25, 0.5, 0.75), axis=1)
     ratio = np.median(times[0] / times, axis=1)
@@ -240,7 +241,7 @@ def sparse_crossover(
     w, score = torch.randn(*shape, generator=draw), torch.rand(shape[0] // side, shape[1] // side, generator=draw)
     score = score.repeat_interleave(side, 0).repeat_interleave(side, 1)
     rows = []
-    with _threads(threads), torch.inference_mode():
+    with threads_at(threads), torch.inference_mode():
         for n in batch:
             x = torch.randn(n, shape[1], generator=draw).to(device)
             rows += [{"batch": n, "keep": keep} | _compared(x, (w * (score < keep)).to(device), block, rounds) for keep in keeps]

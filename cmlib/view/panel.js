@@ -112,7 +112,7 @@ function makeAsker(send, onBusy) {
 /** The values a slider stops at: 201 on a log or linear scale, or the integers. */
 function ladder({ lo, hi, log, integer }) {
   const at = (t) => (log && lo > 0 ? lo * (hi / lo) ** t : lo + (hi - lo) * t);
-  const count = integer && hi - lo <= 200 && !log ? hi - lo : 200;
+  const count = integer && hi - lo <= 200 && !log ? hi - lo : log ? 210 : 200;  // 70 a decade from .001 to 1: .01 and .1 are stops
   const round = integer ? Math.round : (x) => Number(x.toPrecision(log ? 3 : 4));
   const values = Array.from({ length: count + 1 }, (_, i) => round(at(i / count)));
   return [...new Set(values)];

@@ -41,8 +41,8 @@ def canvas(columns: int = 1, *, width: float = 8.5, height: float = 3.8, **setti
 
 
 def show(figure: Figure, text: str) -> None:
-    """The picture, then what it says in words; the words are its alternative text too."""
-    display(figure, metadata={"image/png": {"alt": text.replace("**", "")}})
+    """The picture, then what it says in words: its text twin, for whoever cannot see it."""
+    display(figure)
     say(f"*In words:* {text}")
 
 
@@ -125,9 +125,7 @@ def _name_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
         _beside(ax, 1, last, name, colour, fontweight="bold")
 
 
-def dots(
-    groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validation images", title: str = "", marked: Sequence[str] = ()
-) -> Figure:
+def dots(groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validation images", title: str = "", marked: Sequence[str] = ()) -> Figure:
     """One row a group: a dot a seed, a bar at their mean; the groups in ``marked`` (the controls) are hollow."""
     figure, ax = canvas(height=1.2 + 0.46 * len(groups))
     for row, (name, values) in enumerate(groups.items()):
@@ -197,9 +195,7 @@ def class_change(before: Sequence[float], after: Sequence[float], classes: Seque
 Named = Sequence[tuple[float, float, str]]
 
 
-def points(
-    groups: Mapping[str, Named], *, x: str, y: str, title: str = "", ticks: Sequence[float] = (), floor: float | None = None
-) -> Figure:
+def points(groups: Mapping[str, Named], *, x: str, y: str, title: str = "", ticks: Sequence[float] = (), floor: float | None = None) -> Figure:
     """Named points {group: [(x, y, name)]}, each group of its own shape; ``ticks`` make the x axis logarithmic."""
     figure, ax = canvas(height=4.8)
     for (group, found), colour, marker in zip(groups.items(), cycle(COLOURS), cycle(MARKERS)):

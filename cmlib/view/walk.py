@@ -1,0 +1,220 @@
+"""A walk of the knobs over one network: each position a plan, its pictures, what was measured of it, and the words for it.
+
+The panel (``cmlib.view.explorer``) is a walk with a browser attached; from code a walk does the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.apply import Planner, attach
+from ..core.method import Method
+from ..lab.data import Data
+from ..lab.files import save, sizes
+from ..lab.measure import measure
+from ..methods import catalog
+from . import cards, words
+from .live import Live
+from .words import Dense, State
+
+SHOWN = 12  # flipped images that are shown
+OWN = "a function of your own"  # the source of a method that is a plain function
+NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net",
+        "mlp": "64-32-10 net", "cnn": "small CNN"}  # fmt: skip
+SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "8×8 digits", "cifar10": "CIFAR-10"}
+
+
+class Walk:
+    """One network, one method, and where the knobs have been. ``state`` is the position now, ``path`` all that were measured exactly."""
+
+    def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None, part: str = "validation",
+                 title: str | None = None, **knobs: Any) -> None:  # fmt: skip
+        self.method, self.data, self.where, self.part = method, data, where, part
+        self.title = title or method.title or method.key
+        self.start = method.bind(knobs)
+        self.path: list[State] = []
+        self._take(net)
+        self.layer = self._covered(layer or next(iter(self.planner.layers)))
+        self.state = self.move(**self.start)
+
+    def _take(self, net: nn.Module) -> None:
+        """Make ``net`` the network that the panel acts on."""
+        self.net = net
+        self.planner = Planner(net, self.method, where=self.where, data=self.data)
+        self.live = Live(net, self.data, part=self.part)
+        size = sizes_of(net)
+        self.header_bytes = size["header"]
+        self.dense = Dense(self.live.accuracy(), size["file"])
+        covered = sum(size["layers"].get(n, w.numel() * w.element_size()) for n, w in self.planner.weights.items())
+        self.rest_bytes = size["arrays"] - covered
+        self.views = {n: cards.LayerView(n, w) for n, w in self.planner.weights.items()}
+        self.maps: dict[str, Tensor | None] = {}
+
+    def _covered(self, layer: str) -> str:
+        if layer not in self.planner.layers:
+            raise ValueError(f"layer={layer!r} is not covered; the covered layers are {', '.join(self.planner.layers)}")
+        return layer
+
+    # what a position of the knobs means -------------------------------------------------------------------------
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """How the kit makes the network; None for one of the user's own."""
+        return getattr(self.net, "source", None)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the method can be found by its key."""
+        return catalog().get(self.method.key) is self.method
+
+    def look(self, knobs: dict[str, Any]) -> State:
+        """The plan of these knobs and its size; nothing is measured yet."""
+        plan = self.planner(**knobs)
+        with torch.no_grad():
+            weights = {name: p.dense() for name, p in plan.items()}
+        arrays = self.rest_bytes + sum(p.bits() for p in plan.values()) // 8
+        return State(self.method.bind(knobs), plan, weights, arrays - self.rest_bytes, arrays + self.header_bytes, source=self.source)
+
+    def move(self, **knobs: Any) -> State:
+        """Go to these knobs (the others stay), measure the exact accuracy, and add the point to the path."""
+        before = self.state.knobs if self.path else self.start
+        state = self.look({**before, **knobs})
+        answers = self.live.answers(state.weights)
+        self._finish(state, answers)
+        self.state = state
+        return state
+
+    def _finish(self, state: State, answers: Tensor) -> None:
+        state.accuracy = (answers == self.live.labels).double().mean().item()
+        dense, now = self.live.by_class(self.live.dense), self.live.by_class(answers)
+        there = dense.isfinite().nonzero().flatten()  # a class may have no image
+        order = there[(now - dense)[there].argsort(stable=True)[:3]].tolist()
+        state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
+        if state not in self.path:
+            self.path.append(state)
+
+    def class_name(self, c: int) -> str:
+        return self.data.classes[c] if isinstance(self.data, Data) else str(c)
+
+    def pictures(self, state: State) -> cards.Cards:
+        """The cards of the pictured layer and the bars of all."""
+        out, name = cards.Cards([], []), self.layer
+        packed, view = state.plan[name], self.views[name]
+        mask = packed.mask.cpu()
+        out.add(view.histogram(mask))
+        view.map(out, mask, packed.kept)
+        view.strip(out, state.weights[name].cpu())
+        self._feature_maps(out, state)
+        out.add(cards.shares(state.plan))
+        return out
+
+    def _feature_maps(self, out: cards.Cards, state: State) -> None:
+        x = self.live.starts[0][0][:1]
+        if self.layer not in self.maps:
+            self.maps[self.layer] = cards.feature_maps(self.live.model, self.layer, x, {}) if self.views[self.layer].weight.dim() == 4 else None
+        if self.maps[self.layer] is not None:
+            cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(self.live.model, self.layer, x, state.weights))
+
+    # what is said of it -----------------------------------------------------------------------------------------
+
+    def cells(self, state: State) -> list[list[str]]:
+        """The table: label, dense, now, change."""
+        return words.cells(state, self.dense)
+
+    def notes(self, state: State) -> list[dict[str, str]]:
+        """What the figures mean, and why some did not move."""
+        return words.notes(state, self.dense)
+
+    def line(self, state: State | None = None) -> str:
+        """The call that makes the state shown, from nothing."""
+        state = state or self.state
+        source = state.source
+        net = f'load_net("{source["net"]}", "{source["data"]}", seed={source["seed"]})' if source else "net"
+        key = self.method.key
+        method = repr(key) if self.listed else f'score("{OWN}", chapter="-")({key})' if self.method.paper == OWN else key
+        changed = {n: v for n, v in state.knobs.items() if v != self.method.knobs[n].default or n == next(iter(state.knobs))}
+        where = [f"where={self.where!r}"] if self.where != "*" else []
+        data = f'data=load_data("{self.data.name}")' if isinstance(self.data, Data) else "data=data"
+        asks = [data] if set(self.method.asks) - {"w", "training"} else []
+        knobs = [f"{n}={v!r}" for n, v in changed.items()]
+        return f"compress({', '.join([net, method, *where, *asks, *knobs])})"
+
+    def text(self, state: State | None = None) -> str:
+        """The panel as plain text: the same figures for reading aloud, printing and grading."""
+        state = state or self.state
+        rows = self._rows(state)
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        body = "\n".join("  ".join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, widths, strict=True))) for r in rows)
+        return f"{self.title} · {self.method.paper}\n{self.subtitle()}\n{body}\n{self.line(state)}"
+
+    def _rows(self, state: State) -> list[list[str]]:
+        rows = [["", "dense", "now", "change"], *self.cells(state)]
+        rows += [[f"kept in {n}", f"{p.mask.numel():,}", f"{p.kept:,}", words.pct(p.kept / p.mask.numel())] for n, p in state.plan.items()]
+        classes = [[f"class {w['label']}", words.pct(w["dense"]), words.pct(w["now"]), f"{100 * (w['now'] - w['dense']):+.1f}"] for w in state.worst]
+        return rows + classes
+
+    def html(self) -> str:
+        """The same as a table, read cell by cell."""
+        head, *rows = [[html.escape(c) for c in r] for r in self._rows(self.state)]
+        body = "".join(f'<tr><th scope="row">{r[0]}</th>{"".join(f"<td>{c}</td>" for c in r[1:])}</tr>' for r in rows)
+        title, line = html.escape(f"{self.title} · {self.method.paper}. {self.subtitle()}"), html.escape(self.line())
+        heads = "".join(f'<th scope="col">{c}</th>' for c in head)
+        return f"<table><caption>{title}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p><code>{line}</code></p>"
+
+    def path_csv(self) -> str:
+        """The path walked, one line a state: its knobs, weights kept, bytes on disk, accuracy."""
+        out = io.StringIO()
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow([*self.method.knobs, "weights_kept", "file_bytes", "accuracy"])
+        table.writerows([*s.knobs.values(), s.kept, s.file_bytes, s.accuracy] for s in self.path)
+        return out.getvalue()
+
+    def subtitle(self) -> str:
+        source = self.source
+        name = f"{NETS[source['net']]} on {SETS[source['data']]}" if source else f"{type(self.net).__name__} of your own"
+        return f"{name} · {len(self.live.labels):,} {self.part} images · nothing here is replayed: the knobs act on the network"
+
+    def model(self, state: State | None = None) -> nn.Module:
+        """A copy of the network with the state's plan attached: what ``line`` would make."""
+        state = state or self.state
+        copy = deepcopy(self.net)
+        for name, packed in state.plan.items():
+            attach(copy.get_submodule(name), packed, self.method, state.knobs)
+        return copy
+
+    def flips(self, answers: Tensor) -> tuple[dict[str, Any], bytes]:
+        """The images whose answer just changed from right to wrong against the dense network."""
+        labels, dense = self.live.labels, self.live.dense
+        lost = ((dense == labels) & (answers != labels)).nonzero().flatten()
+        gained = int(((dense != labels) & (answers == labels)).sum())
+        images = self.live.images[lost[:SHOWN]]
+        images = images[:, :1] if images.dim() == 4 else images[:, None] if images.dim() == 3 else images.new_empty(0, 1, 1, 1)
+        pictures = (images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).to(torch.uint8)).cpu()
+        kinds = {"truth": labels, "before": dense, "after": answers}
+        names = [{kind: self.class_name(int(of[i])) for kind, of in kinds.items()} for i in lost[: len(pictures)]]
+        caption = f"{len(lost):,} images right before and wrong now; {gained:,} the other way"
+        size = {"n": len(names), "h": pictures.shape[-2], "w": pictures.shape[-1]}
+        return {**size, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
+
+    def rest(self, state: State) -> None:
+        """Measure what takes too long for a moving hand: the file that ``save`` writes, the latency beside the dense network's."""
+        one = self.live.images[:1], self.live.labels[:1]
+        state.row = measure(self.model(state), reference=self.net, data=one, rounds=15, threads=torch.get_num_threads())
+        state.file_bytes = state.row.file_bytes
+
+
+def sizes_of(model: nn.Module) -> dict[str, Any]:
+    """Bytes of the file that ``save`` writes for a model: in all, its header, its arrays."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.cml"
+        save(model, path)
+        return sizes(path)
