@@ -141,8 +141,9 @@ def run_all(found: Any, timeout: float = 180) -> None:
 
 
 WATCH = """(panel) => {
-  const clock = window.cmlibClock = {pressed: [], seq: [], estimate: [], exact: []};
+  const clock = window.cmlibClock = {pressed: [], asked: {}, seq: [], estimate: [], exact: []};
   panel.addEventListener('input', () => clock.pressed.push(performance.now()), true);
+  new MutationObserver(() => { clock.asked[panel.dataset.asked] ??= clock.pressed.at(-1); }).observe(panel, {attributeFilter: ['data-asked']});
   const seen = {seq: panel.dataset.seq, estimate: panel.dataset.estimate, exact: panel.dataset.exact};
   new MutationObserver(() => { for (const k of ['seq', 'estimate', 'exact']) if (panel.dataset[k] !== seen[k]) {
       seen[k] = panel.dataset[k]; const v = +seen[k]; requestAnimationFrame(() => clock[k].push([v, performance.now()])); } })
@@ -153,7 +154,7 @@ WATCH = """(panel) => {
 def moves(found: Any, panel: Any, knob: str = "knob-keep", count: int = 20, gap: float = 0.3, settle: float = 3.0) -> dict[str, list[float]]:
     """Press an arrow key on a slider ``count`` times, ``gap`` seconds apart; milliseconds from each press to its picture, estimate and exact figure.
 
-    A stage that a newer move overtook has no time. Each time is read after the frame in which the change was drawn.
+    Each answer is timed from the press whose move it answers, after the frame in which it was drawn; a move that a newer one overtook has no time.
     """
     panel.evaluate(WATCH)
     slider = panel.locator(f'[data-role="{knob}"] input[type=range], input[type=range][data-role="{knob}"]').first
@@ -163,7 +164,8 @@ def moves(found: Any, panel: Any, knob: str = "knob-keep", count: int = 20, gap:
         found.wait_for_timeout(gap * 1000)
     found.wait_for_timeout(settle * 1000)
     clock = found.evaluate("window.cmlibClock")
-    return {stage: _answered(clock["pressed"], clock[stage]) for stage in ("seq", "estimate", "exact")}
+    asked = {int(seq): t for seq, t in clock["asked"].items() if t is not None}
+    return {stage: [t - asked[seq] for seq, t in clock[stage] if seq in asked] for stage in ("seq", "estimate", "exact")}
 
 
 def _answered(pressed: list[float], answers: list[list[float]]) -> list[float]:
@@ -186,8 +188,9 @@ def hold(found: Any, panel: Any, knob: str = "knob-keep", presses: int = 40, rat
         found.wait_for_timeout(1000 / rate)
     found.wait_for_timeout(2_500)
     clock = found.evaluate("window.cmlibClock")
-    last = panel.get_attribute("data-seq") == panel.get_attribute("data-exact")
-    return {"shown": len(clock["seq"]), "last": last and panel.get_attribute("data-asked") in (None, panel.get_attribute("data-seq"))}
+    shown = {panel.get_attribute(f"data-{k}") for k in ("asked", "seq", "exact")}
+    position = slider.get_attribute("aria-valuetext")
+    return {"shown": len(clock["seq"]), "last": len(shown) == 1 and f"keep={position}" in panel.locator('[data-role="text-twin"]').text_content()}
 
 
 def plain_moves(found: Any, count: int = 20, gap: float = 0.3) -> list[float]:

@@ -46,7 +46,7 @@ def spread(values: list[float], unit: str = "ms", scale: float = 1.0) -> str:
     if not values:
         return "not measured"
     ordered = sorted(v * scale for v in values)
-    return f"{statistics.median(ordered):.0f} / {ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]:.0f} {unit}"
+    return f"{statistics.median(ordered):.0f} / {ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]:.0f} {unit} (n = {len(ordered)})"
 
 
 def timed(work: Callable[[], Any], count: int = 20) -> list[float]:
@@ -233,9 +233,10 @@ def zoo() -> Iterator[str]:
 
 def sparse() -> Iterator[str]:
     """Where sparse products start to beat dense ones."""
-    table = sparse_crossover()
-    yield "\n**Sparse against dense products, 500 × 800**\n"
-    yield table.to_markdown(index=False) if hasattr(table, "to_markdown") else table.to_string(index=False)
+    yield from heading("Sparse against dense products, 500 × 800, median", "format", "batch", "share kept", "dense, ms", "sparse, ms", "times faster")
+    for format, block in (("CSR", None), ("BSR, blocks of 4 × 4", 4)):
+        for row in sparse_crossover(block=block).itertuples():
+            yield line(format, row.batch, row.keep, f"{row.dense_ms:.3f}", f"{row.sparse_ms:.3f}", f"{row.speedup:.2f}")
 
 
 def notebooks() -> Iterator[str]:

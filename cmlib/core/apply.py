@@ -22,7 +22,7 @@ from .inputs import as_input, device_of, sample
 from .knobs import nearest
 from .method import Method, call
 from .packed import Masked, Packed, State, laid_like
-from .select import Masks, Ranking, rank
+from .select import Masks, Ranking, is_n_of_m, rank
 
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Plan = dict[str, Packed]
@@ -85,6 +85,8 @@ class Planner:
         """The plan {layer: packed} for these knobs. ValueError for a knob that is misspelt or out of range."""
         knobs = self.method.bind(knobs)
         if not self.method.selects:
+            if self.previous:
+                raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it baked(model)")
             return {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
         masks = self._masks(knobs)
         return {n: Masked(self._values(n, masks, knobs), m, knobs["storage"]) for n, m in masks.items()}
@@ -100,6 +102,8 @@ class Planner:
         return self._ranking[1]
 
     def _masks(self, knobs: dict[str, Any]) -> Masks:
+        if knobs["threshold"] is not None and is_n_of_m(knobs["unit"]):
+            raise ValueError(f"threshold={knobs['threshold']} does not go with unit={knobs['unit']!r}, which fixes how many of each group stay")
         ranking = self.ranking(**knobs)
         masks = ranking.at(knobs["keep"]) if knobs["threshold"] is None else ranking.above(knobs["threshold"])
         return {n: m & self.previous[n].mask if n in self.previous else m for n, m in masks.items()}
@@ -122,6 +126,13 @@ class Planner:
         return _apart(flat, self.weights)
 
     def _score(self, own: dict[str, Any]) -> dict[str, Tensor]:
+        scores = self._scored(own)
+        for name, s in scores.items():
+            if s.isnan().any():
+                raise ValueError(f"{self.method.key} scores {int(s.isnan().sum()):,} weights of layer {name} as NaN, which no order can rank")
+        return scores
+
+    def _scored(self, own: dict[str, Any]) -> dict[str, Tensor]:
         if self.method.joint:
             return _apart(call(self.method.fn, _end_to_end(self._given), own), self.weights)
         return {n: call(self.method.fn, g, own).expand_as(self.weights[n]) for n, g in self._given.items()}

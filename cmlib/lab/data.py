@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import struct
+import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -149,7 +150,10 @@ def _cifar10_source(download: bool) -> str:
     if download:
         from torchvision.datasets import CIFAR10 as Torchvision
 
-        Torchvision(fetched, download=True)
+        try:
+            Torchvision(fetched, download=True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"CIFAR-10 could not be fetched ({error}); try again, or set {CIFAR10}") from error
     if not fetched.exists():
         raise DataError(
             f"CIFAR-10 does not ship with the kit: call load_data('cifar10', download=True), or set {CIFAR10} to torchvision's folder or to an "
@@ -190,7 +194,7 @@ def _cifar10_jpeg(path: Path) -> tuple[Pair, Pair]:
                 pixels = [np.asarray(Image.open(io.BytesIO(jpeg[a:b])).convert("RGB")) for a, b in zip(offset[:-1], offset[1:])]
                 arrays[part] = np.stack(pixels).transpose(0, 3, 1, 2)
                 arrays[part + "_label"] = packed[f"{part}_label"]
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{CIFAR10}={path}: not an .npz of CIFAR-10 JPEGs ({error})") from error
         cache.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(kept.stem + f".{os.getpid()}.part.npz")

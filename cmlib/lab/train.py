@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .data import Data
 from .verbs import compress
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+ADAMW = partial(torch.optim.AdamW, fused=True)
 
 
 @dataclass
@@ -91,7 +93,7 @@ def fit(
     batch: int = 128,
     weight_decay: float = 0.0,
     loss: Loss = F.cross_entropy,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
     schedule: str = "cosine",
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     hooks: Sequence[Hook] = (),
@@ -103,13 +105,14 @@ def fit(
 
     The learning rate rises over the first tenth and then falls as a cosine (``schedule="constant"`` holds it).
     ``loss(logits, labels)`` gains the penalties of whatever methods are attached. ``hooks`` run around each step. A pair
-    (images, labels) instead of a data set serves for training and validation both. ``keep_best=False`` keeps the last state;
+    (images, labels) instead of a data set serves for training and validation both; where
+    its labels are no classes, the last state is kept. ``keep_best=False`` keeps the last state;
     interrupting (KeyboardInterrupt) keeps the best so far and returns.
     """
     if epochs < 0 or batch < 1 or lr < 0:
         raise ValueError(f"fit needs epochs >= 0, batch >= 1 and lr >= 0; got epochs={epochs}, batch={batch}, lr={lr}")
     images, labels = pair_of(data, "train")
-    device = device_of(model)
+    device, classes = device_of(model), not labels.is_floating_point()
     steps = -(-len(labels) // batch)
     step_rule = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
     rate = _rate(step_rule, schedule, max(1, epochs * steps))
@@ -137,9 +140,9 @@ def fit(
                         hooks,
                     )
                     rate.step()
-                accuracy = evaluate(model, data) if isinstance(data, Data) else float("nan")
+                accuracy = evaluate(model, data) if classes else float("nan")
                 done.rows.append({"epoch": epoch, "loss": total / steps, "accuracy": accuracy, "seconds": time.perf_counter() - started})
-                if not isinstance(data, Data) or accuracy >= done.best_accuracy:
+                if not classes or accuracy >= done.best_accuracy:
                     done.best_accuracy, done.best_epoch = accuracy, epoch
                     best = deepcopy(model.state_dict()) if keep_best else None
                 if progress:

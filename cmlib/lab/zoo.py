@@ -85,7 +85,11 @@ def load_net(net: str, data: str, seed: int = 0) -> nn.Module:
 
 def card(net: str, data: str, seed: int = 0) -> dict[str, Any]:
     """What is known of a checkpoint: recipe, versions, sha256, accuracies on validation and test, seconds of training."""
-    return json.loads(checkpoint(net, data, seed).with_suffix(".json").read_text())
+    path = checkpoint(net, data, seed).with_suffix(".json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NetError(f"{path} is missing or cut ({error}); restore it, or delete it and run 'python -m cmlib train'") from error
 
 
 def recipe(net: str, data: str) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def recipe(net: str, data: str) -> dict[str, Any]:
 def train_net(net: str, data: str, seed: int = 0) -> dict[str, Any]:
     """Train one network from scratch by its recipe, store it, and return its card; does nothing where it is already stored."""
     path = checkpoint(net, data, seed)
-    if path.with_suffix(".json").is_file():
+    if path.is_file() and path.with_suffix(".json").is_file() and card(net, data, seed)["sha256"] == sha256(path.read_bytes()):
         return card(net, data, seed)
     parts, model = load_data(data), build(net, data, seed)
     run = fit(model, parts, **recipe(net, data), seed=seed, progress=partial(_say, path.stem, RECIPES[net]["epochs"]))
@@ -138,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cmlib train", description="Train checkpoints from scratch; those already stored are skipped.")
     parser.add_argument("--net", choices=list(NETS))
     parser.add_argument("--data", choices=["mnist", "fashion_mnist", "digits", "cifar10"])
-    parser.add_argument("--seed", type=int, choices=SEEDS)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)

@@ -119,7 +119,7 @@ def _obs_repair(w, hess_rows, mask, *, damping):
 
 @score("Hassibi & Stork 1992, Second order derivatives for network pruning: optimal brain surgeon", chapter="02", joint=True,
        repair=_obs_repair, exempt={"permutation": "equal costs are deleted in the order of their places"})  # fmt: skip
-def optimal_brain_surgeon(w, hess_rows, *, damping: Damping = 1e-6):
+def optimal_brain_surgeon(w, hess_rows, *, damping: Damping = 1e-3):
     """Optimal brain surgeon (OBS).
 
     L_q = w_q^2 / (2 [H^-1]_qq) with the whole Hessian, weights deleted one at a time and the others corrected (survey 001, 2.1.1 [20]). For some
@@ -182,7 +182,8 @@ def l1_weight_regularization(w, *, lam: Penalty = 1e-3, state: State | None = No
     """L1 regularization with the proximal step (ISTA).
 
     min L(w) + lam |w|_1, by w <- S_(lr lam)(w - lr grad L): exact zeros appear while training, and may leave again (survey 001, 2.1.1;
-    the survey's non-structured baseline).
+    the survey's non-structured baseline). The lasso is what plain SGD solves (``fit(..., optimizer=torch.optim.SGD)``);
+    AdamW scales its steps, so that the same ``lam`` removes less.
     """
     return Masked(w, w != 0, straight=True)
 

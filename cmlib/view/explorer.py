@@ -7,7 +7,11 @@ the exact figure, and when the hand rests the file that ``save`` writes and the 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,15 @@ from .words import State
 
 HERE = Path(__file__).parent
 REST = 0.35  # seconds without a move before the slow figures are measured
-HOPS = 12  # turns of the kernel's loop between two batches: what a message takes to arrive
+
+
+def _humbly() -> None:
+    """Let this thread, and the threads that torch starts from it, give way: the browser and the server share the two cores."""
+    if sys.platform == "linux":  # elsewhere a thread has no niceness of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+WORKER = ThreadPoolExecutor(1, "cmlib-measuring", _humbly)  # one measurement at a time; torch releases the interpreter while it multiplies
 
 
 def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", data: Data | str | Any = "mnist", **settings: Any) -> Explorer:
@@ -38,6 +50,8 @@ def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", 
     layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells the accuracy there; other keywords are
     starting values of knobs.
     """
+    if isinstance(net, str) and not isinstance(data, (str, Data)):
+        raise ValueError(f"net={net!r} names a network of the kit, whose data must be named too; with data of your own, pass a module")
     if callable(method) and not isinstance(method, Method):
         method = score(OWN, chapter="-")(method)
     data = load_data(data) if isinstance(data, str) else data
@@ -61,6 +75,7 @@ class Explorer(Walk, anywidget.AnyWidget):
                  predict: dict[str, Any] | None = None, published: Sequence[dict[str, Any]] = (),
                  part: str = "validation", title: str | None = None, **knobs: Any) -> None:  # fmt: skip
         self.predict, self.published = predict, list(published)
+        method.bind(predict or {})
         self.pins: list[State] = []
         self.guesses: list[dict[str, Any]] = []
         self.trained: list[dict[str, Any]] = []
@@ -107,7 +122,8 @@ class Explorer(Walk, anywidget.AnyWidget):
     def _on_move(self, message: dict[str, Any]) -> None:
         self.seq = message["seq"]
         with threads_at(1):  # waiting for a second thread takes longer than the work, when anything else runs
-            state = self.look({**self.start, **self._typed(message["knobs"])})
+            knobs = self.method.bind({**self.start, **self._typed(message["knobs"])})
+            state = self.state if knobs == self.state.knobs else self.look(knobs)
             self.layer, self.state = self._covered(message.get("layer") or self.layer), state
             self._picture(self.state)
         self._later(self._measure(self.seq, self.state))
@@ -134,33 +150,39 @@ class Explorer(Walk, anywidget.AnyWidget):
             self._task = None
             asyncio.run(work)
 
+    async def _beside(self, work: Callable, *arguments: Any) -> Any:
+        """Work done in the one worker thread, so that the kernel's loop is free for a newer move, which cancels what waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(WORKER, work, *arguments)
+
     async def _measure(self, seq: int, state: State) -> None:
-        shown = 1.0
+        """The exact accuracy of a state, with estimates on the way, and the slow figures when the hand rests; what is known is not measured again."""
         try:
-            for estimate, answers in self.live.estimates(state.weights):  # noqa: B007 (the last answers are all of them)
-                for _ in range(HOPS):  # let the kernel take a newer move, which cancels this
-                    await asyncio.sleep(0)
-                if estimate and not estimate.exact and estimate.half < 0.7 * shown:
-                    state.estimate, shown = estimate, estimate.half
-                    text = f"{words.pct(estimate.accuracy, 1)} ±{100 * estimate.half:.1f}"
-                    self.send({"type": "estimate", "seq": seq, "accuracy": estimate.accuracy, "half": estimate.half, "images": estimate.done,
-                               "text": text, "cells": self.cells(state), "point": words.point(state)})  # fmt: skip
-            self._finish(state, answers)
-            flips, picture = self.flips(answers)
+            if state.accuracy is None:
+                await self._count(seq, state)
+            flips, picture = self.flips(state)
             self.send({"type": "exact", "seq": seq, **self._exact(state), "flips": flips}, [picture])
-            await asyncio.sleep(REST)
-            await self._rest(state, seq)
+            if state.row is None:
+                await asyncio.sleep(REST)
+                await self._beside(self.rest, state)
+            self.send({"type": "rest", "seq": seq, "cells": self.cells(state), "notes": self.notes(state)})
         except Exception as error:
             self.send({"type": "error", "seq": seq, "message": f"{type(error).__name__}: {error}"})
+
+    async def _count(self, seq: int, state: State) -> None:
+        """All images, a batch at a time; an estimate is sent where its interval has narrowed by a third."""
+        estimates, shown = self.live.estimates(state.weights), 1.0
+        while (step := await self._beside(next, estimates, None)) is not None:
+            estimate, answers = step
+            if estimate and not estimate.exact and estimate.half < 0.7 * shown:
+                state.estimate, shown = estimate, estimate.half
+                text = f"{words.pct(estimate.accuracy, 1)} ±{100 * estimate.half:.1f}"
+                self.send({"type": "estimate", "seq": seq, "accuracy": estimate.accuracy, "half": estimate.half, "images": estimate.done,
+                           "text": text, "cells": self.cells(state), "point": words.point(state)})  # fmt: skip
+        await self._beside(self._finish, state, answers)
 
     def _exact(self, state: State) -> dict[str, Any]:
         return {"accuracy": state.accuracy, "text": words.pct(state.accuracy), "cells": self.cells(state), "notes": self.notes(state),
                 "point": words.point(state), "worst": state.worst}  # fmt: skip
-
-    async def _rest(self, state: State, seq: int | None = None) -> None:
-        """What takes too long for a moving hand: the file that ``save`` writes, the latency beside the dense network's."""
-        self.rest(state)
-        self.send({"type": "rest", "seq": self.seq if seq is None else seq, "cells": self.cells(state), "notes": self.notes(state)})
 
     def _on_pin(self, _: dict[str, Any]) -> None:
         self.pin()

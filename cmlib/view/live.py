@@ -6,6 +6,7 @@ count; nothing is computed twice, and between batches a newer move can take over
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ class Live:
     The model is never copied on a question: weights are put in its place for the length of a call.
     """
 
-    def __init__(self, model: nn.Module, data: Any, *, batch: int = 125, part: str = "validation") -> None:
-        self.model = baked(model)
+    def __init__(self, model: nn.Module, data: Any, *, batch: int = 250, part: str = "validation") -> None:
+        self.model, self.lock = baked(model), threading.Lock()
         images, labels = pair_of(data, part)
         self.order = stratified(labels, len(labels))
         self.images, self.labels = images[self.order], labels[self.order]
@@ -87,7 +88,7 @@ class Live:
         model.eval()
         parameters = {f"{layer}.weight": w for layer, w in weights.items()}
         for x in inputs:
-            with torch.no_grad():
+            with self.lock, torch.no_grad():  # functional_call swaps parameters inside the one model
                 yield functional_call(model, parameters, (x,)).argmax(1).cpu()
 
     def answers(self, weights: dict[str, Tensor]) -> Tensor:

@@ -830,6 +830,7 @@ function makePanel(model, el) {
   function ask() {
     const move = body();
     asker.ask(move);
+    root.dataset.asked = asker.newest;
     state.asked.set(move.seq, move.knobs);
     for (const seq of state.asked.keys()) if (seq < move.seq - 200) state.asked.delete(seq);
   }

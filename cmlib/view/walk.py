@@ -21,10 +21,11 @@ from ..core.method import Method
 from ..lab.data import Data
 from ..lab.files import save, sizes
 from ..lab.measure import measure
+from ..lab.zoo import checkpoint, load_net
 from ..methods import catalog
 from . import cards, words
 from .live import Live
-from .words import Dense, State
+from .words import Dense, State, Step
 
 SHOWN = 12  # flipped images that are shown
 OWN = "a function of your own"  # the source of a method that is a plain function
@@ -41,14 +42,14 @@ class Walk:
         self.method, self.data, self.where, self.part = method, data, where, part
         self.title = title or method.title or method.key
         self.start = method.bind(knobs)
-        self.path: list[State] = []
+        self.path: list[Step] = []
         self._take(net)
         self.layer = self._covered(layer or next(iter(self.planner.layers)))
         self.state = self.move(**self.start)
 
     def _take(self, net: nn.Module) -> None:
         """Make ``net`` the network that the panel acts on."""
-        self.net = net
+        self.net, self.source = net, shipped(net)
         self.planner = Planner(net, self.method, where=self.where, data=self.data)
         self.live = Live(net, self.data, part=self.part)
         size = sizes_of(net)
@@ -57,7 +58,7 @@ class Walk:
         covered = sum(size["layers"].get(n, w.numel() * w.element_size()) for n, w in self.planner.weights.items())
         self.rest_bytes = size["arrays"] - covered
         self.views = {n: cards.LayerView(n, w) for n, w in self.planner.weights.items()}
-        self.maps: dict[str, Tensor | None] = {}
+        self.pictured, self.maps = deepcopy(self.live.model), {}  # feature maps have a model of their own: the other may be measuring
 
     def _covered(self, layer: str) -> str:
         if layer not in self.planner.layers:
@@ -65,11 +66,6 @@ class Walk:
         return layer
 
     # what a position of the knobs means -------------------------------------------------------------------------
-
-    @property
-    def source(self) -> dict[str, Any] | None:
-        """How the kit makes the network; None for one of the user's own."""
-        return getattr(self.net, "source", None)
 
     @property
     def listed(self) -> bool:
@@ -88,19 +84,20 @@ class Walk:
         """Go to these knobs (the others stay), measure the exact accuracy, and add the point to the path."""
         before = self.state.knobs if self.path else self.start
         state = self.look({**before, **knobs})
-        answers = self.live.answers(state.weights)
-        self._finish(state, answers)
+        self._finish(state, self.live.answers(state.weights))
         self.state = state
         return state
 
     def _finish(self, state: State, answers: Tensor) -> None:
+        """Everything that follows from the answers on all images; the file is written for its size, and the point joins the path."""
+        state.answers = answers
         state.accuracy = (answers == self.live.labels).double().mean().item()
         dense, now = self.live.by_class(self.live.dense), self.live.by_class(answers)
         there = dense.isfinite().nonzero().flatten()  # a class may have no image
         order = there[(now - dense)[there].argsort(stable=True)[:3]].tolist()
         state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
-        if state not in self.path:
-            self.path.append(state)
+        state.file_bytes, state.weighed = sizes_of(self.model(state))["file"], True
+        self.path.append(state.step())
 
     def class_name(self, c: int) -> str:
         return self.data.classes[c] if isinstance(self.data, Data) else str(c)
@@ -120,9 +117,9 @@ class Walk:
     def _feature_maps(self, out: cards.Cards, state: State) -> None:
         x = self.live.starts[0][0][:1]
         if self.layer not in self.maps:
-            self.maps[self.layer] = cards.feature_maps(self.live.model, self.layer, x, {}) if self.views[self.layer].weight.dim() == 4 else None
+            self.maps[self.layer] = cards.feature_maps(self.pictured, self.layer, x, {}) if self.views[self.layer].weight.dim() == 4 else None
         if self.maps[self.layer] is not None:
-            cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(self.live.model, self.layer, x, state.weights))
+            cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(self.pictured, self.layer, x, state.weights))
 
     # what is said of it -----------------------------------------------------------------------------------------
 
@@ -191,9 +188,9 @@ class Walk:
             attach(copy.get_submodule(name), packed, self.method, state.knobs)
         return copy
 
-    def flips(self, answers: Tensor) -> tuple[dict[str, Any], bytes]:
+    def flips(self, state: State) -> tuple[dict[str, Any], bytes]:
         """The images whose answer just changed from right to wrong against the dense network."""
-        labels, dense = self.live.labels, self.live.dense
+        labels, dense, answers = self.live.labels, self.live.dense, state.answers
         lost = ((dense == labels) & (answers != labels)).nonzero().flatten()
         gained = int(((dense != labels) & (answers == labels)).sum())
         images = self.live.images[lost[:SHOWN]]
@@ -206,10 +203,18 @@ class Walk:
         return {**size, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
 
     def rest(self, state: State) -> None:
-        """Measure what takes too long for a moving hand: the file that ``save`` writes, the latency beside the dense network's."""
+        """Measure what takes too long for a moving hand: operations, and the latency beside the dense network's."""
         one = self.live.images[:1], self.live.labels[:1]
         state.row = measure(self.model(state), reference=self.net, data=one, rounds=15, threads=torch.get_num_threads())
-        state.file_bytes = state.row.file_bytes
+
+
+def shipped(net: nn.Module) -> dict[str, Any] | None:
+    """How ``load_net`` gives this very network, weight by weight; None for any other, trained further or the user's own."""
+    source = getattr(net, "source", None)
+    if source is None or not checkpoint(**source).is_file():
+        return None
+    stored, held = load_net(**source).state_dict(), net.state_dict()
+    return source if stored.keys() == held.keys() and all(torch.equal(stored[k], held[k].cpu()) for k in stored) else None
 
 
 def sizes_of(model: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,16 @@ class Dense:
     file_bytes: int
 
 
+@dataclass(frozen=True)
+class Step:
+    """A measured point of the path: the knobs, weights kept, bytes of the written file, exact accuracy."""
+
+    knobs: dict[str, Any]
+    kept: int
+    file_bytes: int
+    accuracy: float
+
+
 @dataclass(eq=False)
 class State:
     """One position of the knobs: the plan it means, the weights in place, and what has been measured of it so far."""
@@ -35,9 +45,15 @@ class State:
     file_bytes: int
     estimate: Estimate | None = None
     accuracy: float | None = None
+    answers: Tensor | None = None  # of the network on every image, once the accuracy is exact
+    weighed: bool = False  # whether file_bytes was read off a written file, or reckoned with the dense file's header
     row: Row | None = None
     worst: list[dict[str, Any]] = field(default_factory=list)
     source: dict[str, Any] | None = None  # how the kit makes the network that it is a state of
+
+    def step(self) -> Step:
+        """What the path remembers of it."""
+        return Step(self.knobs, self.kept, self.file_bytes, self.accuracy)
 
     @property
     def kept(self) -> int:
@@ -50,9 +66,10 @@ class State:
 
 def cells(state: State, dense: Dense) -> list[list[str]]:
     """The table: label, dense, now, change. What is not measured yet is an ellipsis."""
+    size = ("" if state.weighed else "≈ ") + size_text(state.file_bytes)
     return [*_accuracy(state, dense.accuracy),
             ["weights kept", f"{state.total:,}", f"{state.kept:,}", times(state.total, state.kept)],
-            ["file on disk", size_text(dense.file_bytes), size_text(state.file_bytes), times(dense.file_bytes, state.file_bytes)],
+            ["file on disk", size_text(dense.file_bytes), size, times(dense.file_bytes, state.file_bytes)],
             *_speed(state.row)]  # fmt: skip
 
 
@@ -74,9 +91,7 @@ def _speed(row: Row | None) -> list[list[str]]:
 def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     """What the figures mean, and why some did not move."""
     empty = [n for n, p in state.plan.items() if p.kept == 0]
-    found = (
-        [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: the network now answers the same for every image.")] if empty else []
-    )
+    found = [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: it passes on nothing but its bias.")] if empty else []
     title = f"{times(state.total, state.kept)} fewer weights, {times(dense.file_bytes, state.file_bytes)} smaller file."
     found.append(note("info", title, _storage(state)))
     if is_n_of_m(state.knobs.get("unit", "")):
@@ -94,10 +109,11 @@ def _storage(state: State) -> str:
         return "Stored dense: the zeros are written like any other value."
     values = sum(p.kept * p.values.element_size() for p in state.plan.values())
     index = 8 * (state.packed_bytes - values) / max(1, state.kept)
-    return f"Each kept weight also stores where it sits ({', '.join(formats)}): {index:.1f} bits of index beside 32 of value."
+    value = 8 * values / max(1, state.kept)
+    return f"Each kept weight also stores where it sits ({', '.join(formats)}): {index:.1f} bits of index beside {value:.0f} of value."
 
 
-def point(state: State) -> dict[str, Any]:
+def point(state: State | Step) -> dict[str, Any]:
     """The state on the plot of accuracy against bytes."""
     found = {"bytes": state.file_bytes, "label": size_text(state.file_bytes)}
     if state.accuracy is not None:
