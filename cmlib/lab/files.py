@@ -46,15 +46,23 @@ def save(model: nn.Module, path: str | Path) -> int:
     The file is written aside and renamed, so that it is whole or not there. Raises ``FileError`` where it cannot be written.
     """
     with _about(path, "saved"):
-        plan = plan_of(model)
-        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _state(model, plan).items()}
-        for layer, packed in plan.items():
-            tensors |= {f"{layer}.weight|{n}": torch.from_numpy(a) for n, a in packed.arrays().items()}
-        header = {"format": FORMAT, "net": _source(model, plan), "layers": {layer: p.meta() for layer, p in plan.items()}}
-        header["sha256"] = _digest(header, tensors)
-        raw = safetensors.torch.save(tensors, {"cmlib": _dump(header)})
+        raw = _encoded(model, plan_of(model))
         write(Path(path), raw)
     return len(raw)
+
+
+def length(model: nn.Module, plan: Plan) -> int:
+    """How many bytes ``save`` would write for a plain ``model`` with ``plan`` attached, header and all."""
+    return len(_encoded(model, plan))
+
+
+def _encoded(model: nn.Module, plan: Plan) -> bytes:
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _state(model, plan).items()}
+    for layer, packed in plan.items():
+        tensors |= {f"{layer}.weight|{n}": torch.from_numpy(a) for n, a in packed.arrays().items()}
+    header = {"format": FORMAT, "net": _source(model, plan), "layers": {layer: p.meta() for layer, p in plan.items()}}
+    header["sha256"] = _digest(header, tensors)
+    return safetensors.torch.save(tensors, {"cmlib": _dump(header)})
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.apply import Planner, attach
 from ..core.method import Method
 from ..lab.data import Data
-from ..lab.files import save, sizes
+from ..lab.files import length, save, sizes
 from ..lab.measure import measure
 from ..lab.zoo import checkpoint, load_net
 from ..methods import catalog
@@ -96,7 +96,7 @@ class Walk:
         there = dense.isfinite().nonzero().flatten()  # a class may have no image
         order = there[(now - dense)[there].argsort(stable=True)[:3]].tolist()
         state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
-        state.file_bytes, state.weighed = sizes_of(self.model(state))["file"], True
+        state.file_bytes, state.weighed = length(self.pictured, {**self.planner.previous, **state.plan}), True
         self.path.append(state.step())
 
     def class_name(self, c: int) -> str:
