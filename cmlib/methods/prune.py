@@ -118,7 +118,7 @@ def _obs_repair(w, hess_rows, mask, *, damping):
 
 
 @score("Hassibi & Stork 1992, Second order derivatives for network pruning: optimal brain surgeon", chapter="02", joint=True,
-       repair=_obs_repair, exempt={"permutation": "equal costs are deleted in the order of their places"})  # fmt: skip
+       repair=_obs_repair)  # fmt: skip
 def optimal_brain_surgeon(w, hess_rows, *, damping: Damping = 1e-3):
     """Optimal brain surgeon (OBS).
 
