@@ -18,7 +18,7 @@ import torch.nn.utils.prune as torch_prune
 
 from ..core.apply import plan_of
 from ..core.inputs import as_input
-from ..core.schedule import iterative
+from ..core.schedule import Schedule, Stage, iterative
 from ..lab.data import load_data
 from ..lab.files import save
 from ..lab.measure import sparse_crossover
@@ -29,6 +29,12 @@ from ..view.live import Live
 from . import browser
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+HAN = (  # network, schedule, what differs from the recipe that the network was trained by
+    ("lenet300", (Stage(0.4, 6), Stage(0.2, 6), Stage(1 / 12.5, 30)), {"lr": 4e-3, "weight_decay": 0.0}),
+    ("lenet5", iterative(1 / 12.5, 8, 4), {"lr": 1e-3}),
+)
 
 
 def heading(title: str, *columns: str) -> Iterator[str]:
@@ -184,8 +190,8 @@ def han() -> Iterator[str]:
         "test, dense",
         "seconds a run",
     )
-    for net, epochs, rounds in (("lenet300", 16, 4), ("lenet5", 8, 4)):
-        runs = [_han(net, seed, epochs, rounds) for seed in SEEDS]
+    for net, schedule, changes in HAN:
+        runs = [_han(net, seed, schedule, changes) for seed in SEEDS]
         mean = {k: statistics.mean(r[k] for r in runs) for k in runs[0]}
         cells = [f"{100 * mean[k]:.2f} ± {100 * statistics.stdev(r[k] for r in runs):.2f} %" for k in ("pruned", "dense", "test", "dense_test")]
         gap = 100 * (mean["pruned"] - mean["dense"])
@@ -194,18 +200,16 @@ def han() -> Iterator[str]:
         )
 
 
-def _han(net: str, seed: int, epochs: int, rounds: int) -> dict[str, float]:
+def _han(net: str, seed: int, schedule: Schedule, changes: dict[str, float]) -> dict[str, float]:
     data, dense = load_data("mnist"), load_net(net, "mnist", seed)
-    training = {**recipe(net, "mnist"), "lr": 1e-3}
+    training = {**recipe(net, "mnist"), **changes}
     del training["epochs"]
     start = time.perf_counter()
-    pruned, _ = prune_and_train(
-        dense, "magnitude_pruning_han", data, iterative(1 / 12.5, epochs, rounds), knobs={"scope": "network"}, seed=seed, **training
-    )
+    pruned, _ = prune_and_train(dense, "magnitude_pruning_han", data, schedule, knobs={"scope": "network"}, seed=seed, **training)
     seconds = time.perf_counter() - start
     control = deepcopy(dense)
-    for r in range(rounds):
-        fit(control, data, epochs=epochs // rounds, seed=seed + 1000 * r, **training)
+    for number, stage in enumerate(schedule):
+        fit(control, data, epochs=stage.epochs, seed=seed + 1000 * number, **training)
     kept = plan_of(pruned)
     total, left = (sum(f(p) for p in kept.values()) for f in (lambda p: p.mask.numel(), lambda p: p.kept))
     with tempfile.TemporaryDirectory() as folder:
