@@ -89,7 +89,8 @@ class Live:
         parameters = {f"{layer}.weight": w for layer, w in weights.items()}
         for x in inputs:
             with self.lock, torch.no_grad():  # functional_call swaps parameters inside the one model
-                yield functional_call(model, parameters, (x,)).argmax(1).cpu()
+                answers = functional_call(model, parameters, (x,)).argmax(1).cpu()
+            yield answers  # outside: whoever stops asking must not keep the lock
 
     def answers(self, weights: dict[str, Tensor]) -> Tensor:
         return torch.cat(list(self.batches(weights)))
