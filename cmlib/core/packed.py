@@ -51,13 +51,18 @@ class Masked:
         return self.through(self.values)
 
     @cached_property
+    def places(self) -> np.ndarray:
+        """The flat indices of the weights that stay, rising."""
+        return np.flatnonzero(self.mask.cpu().numpy())
+
+    @property
     def kept(self) -> int:
         """How many weights stay."""
-        return int(np.count_nonzero(self.mask.cpu().numpy()))
+        return len(self.places)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        return storage.nbytes(self.mask.cpu().numpy(), self.values.element_size())
+        return storage.nbytes(self.places, tuple(self.mask.shape), self.values.element_size())
 
     def sizes(self) -> dict[str, int]:
         """Bytes in each storage format."""

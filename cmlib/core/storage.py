@@ -6,11 +6,13 @@
 ``relative``  the kept values and, in k bits each, how many removed weights lie before them; where a gap does not fit, a filler
               zero is stored (Han et al. 2016, Deep Compression, section 2). k is the one that makes the file smallest.
 
-``nbytes(mask, width)`` gives the bytes of each from the mask alone, fast enough for a slider; the tests hold it equal to
-``encode``'s arrays. Index types are the narrowest that fit.
+``nbytes(places, shape, width)`` gives the bytes of each from where the kept weights sit alone, fast enough for a slider; the tests
+hold it equal to ``encode``'s arrays. Index types are the narrowest that fit.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -24,9 +26,9 @@ def _narrow(highest: int) -> np.dtype:
     return np.min_scalar_type(int(highest))
 
 
-def _gaps(mask: np.ndarray) -> np.ndarray:
+def _gaps(places: np.ndarray) -> np.ndarray:
     """How many removed weights lie before each kept one, since the kept one before it."""
-    return np.diff(np.flatnonzero(mask), prepend=-1) - 1
+    return np.diff(places, prepend=-1) - 1
 
 
 def _gap_bits(gaps: np.ndarray, width: int) -> tuple[int, int]:
@@ -35,7 +37,7 @@ def _gap_bits(gaps: np.ndarray, width: int) -> tuple[int, int]:
     lengths = np.arange(len(sizes))
 
     def fillers(k: int) -> int:
-        return int((sizes * (lengths >> k)).sum()) if len(sizes) <= 1 << 17 else int((gaps >> k).sum())
+        return int(sizes @ (lengths >> k)) if len(sizes) <= 1 << 17 else int((gaps >> k).sum())
 
     def cost(k: int) -> int:
         entries = len(gaps) + fillers(k)
@@ -45,11 +47,11 @@ def _gap_bits(gaps: np.ndarray, width: int) -> tuple[int, int]:
     return best, fillers(best)
 
 
-def nbytes(mask: np.ndarray, width: int = 4) -> dict[str, int]:
-    """Bytes that each format takes for a boolean ``mask`` (out, ...) and values of ``width`` bytes, without encoding."""
-    rows, total, kept = mask.shape[0], mask.size, int(np.count_nonzero(mask))
+def nbytes(places: np.ndarray, shape: tuple[int, ...], width: int = 4) -> dict[str, int]:
+    """Bytes that each format takes for a tensor (out, ...) whose flat indices ``places`` (rising) are kept, at ``width`` bytes a value."""
+    rows, total, kept = shape[0], math.prod(shape), len(places)
     columns = total // max(1, rows)
-    k, fillers = _gap_bits(_gaps(mask), width)
+    k, fillers = _gap_bits(_gaps(places), width)
     entries = kept + fillers
     return {
         "dense": total * width,
@@ -72,7 +74,7 @@ def encode(values: np.ndarray, mask: np.ndarray, format: str) -> tuple[Arrays, d
         starts = np.concatenate([[0], by_row.sum(1).cumsum()]).astype(_narrow(count))
         return {"values": flat[kept], "columns": by_row.nonzero()[1].astype(_narrow(by_row.shape[1])), "starts": starts}, {}
     if format == "relative":
-        gaps = _gaps(kept)
+        gaps = _gaps(np.flatnonzero(kept))
         k, _ = _gap_bits(gaps, flat.itemsize)
         out, codes = _fill(flat[kept], gaps, k)
         return {"values": out, "gaps": pack_bits(codes, k)}, {"k": k}
