@@ -24,12 +24,11 @@ PROBES = 16  # random directions that stand for the output's Hessian where there
 
 def grad(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
     """Gradient of the mean loss over the sample, summed before anything else is done to it. Shape of ``w``."""
-    total = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    total: Evidence = {}
     for xs, ys in zip(x.split(256), y.split(256), strict=True):
         mean = loss(model(xs), ys) * (len(xs) / len(x))
-        parts = torch.autograd.grad(mean, [m.weight for m in layers.values()], allow_unused=True, materialize_grads=True)
-        for name, part in zip(layers, parts, strict=True):
-            total[name] += part
+        parts = torch.autograd.grad(mean, [m.weight for m in layers.values()], allow_unused=True)
+        total |= {name: total.get(name, 0) + part for name, part in zip(layers, parts, strict=True) if part is not None}
     return total
 
 
@@ -38,14 +37,14 @@ def hess_diag(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss
 
     It equals the Hessian's own diagonal where the model is linear in its weights, and is never negative.
     """
-    total = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    total: Evidence = {}
     for gradients in _example_gradients(model, layers, x, y, loss):
         for name, (patches, delta) in gradients.items():
             if patches.shape[1] == patches.shape[3] == 1:  # one group, one position: an outer product, whose square is one too
                 square = delta.flatten(1).square().T @ patches.flatten(1).square()
             else:
                 square = _per_example(patches, delta).square().sum(0)
-            total[name] += square.reshape(total[name].shape) / len(x)
+            total[name] = total.get(name, 0) + square.reshape(layers[name].weight.shape) / len(x)
     return total
 
 
