@@ -45,8 +45,7 @@ def unchanged(model, before):
     [
         (
             "*",
-            "conv block1.conv1 block1.conv2 block1.shortcut.conv block2.conv1 block2.conv2 block2.shortcut.conv "
-            "block3.conv1 block3.conv2 fc",
+            "conv block1.conv1 block1.conv2 block1.shortcut.conv block2.conv1 block2.conv2 block2.shortcut.conv block3.conv1 block3.conv2 fc",
         ),
         ("Linear", "fc"),
         ("block3*", "block3.conv1 block3.conv2"),
@@ -268,9 +267,7 @@ def test_torchvisions_networks(make, where, method):
     torch.manual_seed(0)
     model = getattr(torchvision.models, make)(weights=None, num_classes=10).eval()
     if method == "layerwise_obs":
-        where = where.replace(", layer4.1.conv2", "").replace(
-            "features.17*, features.18*", "features.17.conv.1.0"
-        )  # H of 512 or 9, not 4,608
+        where = where.replace(", layer4.1.conv2", "").replace("features.17*, features.18*", "features.17.conv.1.0")  # H of 512 or 9, not 4,608
     data = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     copy = compress(model, method, where=where, data=data, keep=0.25)
     made = plan_of(copy)

@@ -43,9 +43,7 @@ def test_a_value_outside_is_refused_with_knob_value_and_range(method):
 
 
 def test_a_misspelt_knob_is_answered_with_the_nearest_and_all():
-    with pytest.raises(
-        ValueError, match=r"magnitude_pruning_han has no knob 'kep' \(did you mean 'keep'\?\); its knobs are keep, threshold, unit"
-    ):
+    with pytest.raises(ValueError, match=r"magnitude_pruning_han has no knob 'kep' \(did you mean 'keep'\?\); its knobs are keep, threshold, unit"):
         magnitude_pruning_han.bind({"kep": 0.1})
     with pytest.raises(ValueError, match=r"no knob 'zzz'; its knobs are"):
         magnitude_pruning_han.bind({"zzz": 0.1})

@@ -14,7 +14,6 @@ from torch import nn
 
 from cmlib.core.apply import attach, baked, plan_of
 from cmlib.core.packed import Masked
-from cmlib.lab import measure as measuring
 from cmlib.lab.files import load, save, sizes
 from cmlib.lab.measure import first_faster, latency, measure, peak_memory, sparse_crossover
 from cmlib.lab.row import over_seeds, rows_table

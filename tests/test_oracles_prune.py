@@ -467,22 +467,21 @@ def test_l1_4_the_proximal_step_gives_zeros_and_the_subgradient_none(digits):
     live = (digits.train[0].flatten(1).amax(0) > 0)[None].expand(32, -1)
     train = partial(fit, data=digits.train, epochs=6, lr=0.05, optimizer=SGD, schedule="constant", keep_best=False)
 
-    def subgradient(model, rule):
-        for layer in weighted(model).values():
-            layer.weight.grad += 1e-2 * layer.weight.detach().sign()
-
     for seed in range(5):
-        smooth, sparse = build("mlp", "digits", seed), compress(build("mlp", "digits", seed), "l1_weight_regularization", lam=1e-2)
-        train(smooth, hooks=[Hook(gradients=subgradient)])
-        train(sparse)
+        smooth, sparse, cut = (compress(build("mlp", "digits", seed), "l1_weight_regularization", lam=1e-2, **knobs)
+                               for knobs in ({"solver": "subgradient"}, {}, {"solver": "subgradient", "threshold_after": 1e-3}))  # fmt: skip
+        for model in (smooth, sparse, cut):
+            train(model)
         assert int((smooth.fc1.weight[live] == 0).sum() + (smooth.fc2.weight == 0).sum()) == 0
         assert (sparse.fc1.weight[live] == 0).double().mean() > 0.2
+        trained, left = smooth.fc1.weight.detach(), cut.eval().fc1.weight.detach()  # the threshold waits until training is over
+        assert torch.equal(left, torch.where(trained.abs() > 1e-3, trained, 0.0)) and (left[live] == 0).any()
 
 
 def test_l1_5_without_penalty_it_is_ordinary_training_step_for_step(digits):
     plain, copy = build("mlp", "digits"), build("mlp", "digits")
     for layer in weighted(copy).values():
-        attach(layer, methods.l1_weight_regularization(layer.weight.detach(), lam=0.0), methods.l1_weight_regularization, {"lam": 0.0})
+        attach(layer, methods.l1_weight_regularization(layer.weight.detach(), False, lam=0.0), methods.l1_weight_regularization, {"lam": 0.0})
     runs = [fit(m, digits.train, epochs=2, lr=1e-2, optimizer=SGD, keep_best=False) for m in (plain, copy)]
     assert [r["loss"] for r in runs[0].rows] == [r["loss"] for r in runs[1].rows]
     assert torch.equal(plain.fc1.weight, copy.fc1.weight)
@@ -632,8 +631,7 @@ def test_snip_4_dead_pixels_score_zero_and_go_first(digits):
     g = gather(model, weighted(model), "grad", digits, samples=every)["fc1"]
     assert (methods.snip(model.fc1.weight.detach(), g)[:, dead] == 0).all()
     masks = {
-        m: plan(model, m, where="fc1", data=digits, samples=every, keep=0.8)["fc1"].mask
-        for m in ("snip", "random_pruning", "magnitude_pruning_han")
+        m: plan(model, m, where="fc1", data=digits, samples=every, keep=0.8)["fc1"].mask for m in ("snip", "random_pruning", "magnitude_pruning_han")
     }
     assert not masks["snip"][:, dead].any()
     assert masks["random_pruning"][:, dead].double().mean() > 0.6
@@ -662,10 +660,7 @@ def test_snip_5_gradients_are_summed_over_batches_before_the_absolute_value(mlp,
     g = gather(mlp, weighted(mlp), "grad", (x, labels), samples=900)["fc1"]
     whole = torch.autograd.grad(F.cross_entropy(mlp(x), labels), mlp.fc1.weight)[0]
     assert torch.allclose(g, whole, rtol=0, atol=1e-12)
-    each = [
-        torch.autograd.grad(F.cross_entropy(mlp(a), b), mlp.fc1.weight)[0].abs()
-        for a, b in zip(x.split(256), labels.split(256), strict=True)
-    ]
+    each = [torch.autograd.grad(F.cross_entropy(mlp(a), b), mlp.fc1.weight)[0].abs() for a, b in zip(x.split(256), labels.split(256), strict=True)]
     assert not torch.allclose(g.abs(), sum(each) / len(each), rtol=0, atol=1e-4)
 
 
@@ -917,6 +912,22 @@ def test_l0_at_test_the_gate_has_no_noise_and_the_copy_computes_with_the_plan(ml
         assert torch.equal(baked(copy).get_submodule(name).weight, packed.dense())
     first, second = (copy.train().fc1.weight.detach().clone() for _ in range(2))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("group", "gates", "axis"), [("weight", (6, 5), None), ("input_neuron", (1, 5), 0), ("filter", (6, 1), 1)])
+def test_l0_a_group_shares_its_gate_and_counts_as_many_weights(group, gates, axis):
+    """The expected norm sums over weights, so at the same gate probability every grouping pays the same; a closed gate empties its whole group."""
+    w, knobs = torch.randn(6, 5), {"group": group, "gamma": -0.3, "zeta": 1.2}
+    packed = methods.l0_hard_concrete(w, True, start=0.5, **knobs)
+    assert packed.state["log_alpha"].shape == gates
+    term = methods.l0_hard_concrete.training.penalty(packed, 50, lam=0.7, beta=BETA, gamma=-0.3, zeta=1.2).item()
+    assert term == pytest.approx(0.7 / 50 * 30 * 0.5, rel=2e-3)
+    state = {"log_alpha": torch.full(gates, 9.0)}
+    state["log_alpha"].flatten()[1] = -9.0
+    expected = torch.ones(6, 5, dtype=torch.bool)
+    expected[(0, 1) if axis is None else (slice(None), 1) if axis == 0 else (1, slice(None))] = False
+    made = methods.l0_hard_concrete(w, False, state=state, **knobs)
+    assert torch.equal(made.mask, expected) and torch.equal(made.dense(), torch.where(expected, w, 0.0))
 
 
 def test_every_method_is_better_than_random_where_it_should_be(digits):

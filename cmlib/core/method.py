@@ -113,7 +113,6 @@ def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
 
 
 score = _kind("score")
-tool = _kind("tool")
 
 
 def call(fn: Callable, available: dict[str, Any], knobs: dict[str, Any]) -> Any:

@@ -173,19 +173,27 @@ def soft_threshold(w: Tensor, t: float) -> Tensor:
     return w.sign() * (w.abs() - t).clamp(min=0)
 
 
-def _ista(w, lr, *, lam):
-    return soft_threshold(w, lr * lam)
+def _ista(w, lr, *, lam, solver="proximal"):
+    return soft_threshold(w, lr * lam) if solver == "proximal" else w
 
 
-@score("Tibshirani 1996, Regression shrinkage and selection via the lasso", chapter="02", training=Training(project=_ista))
-def l1_weight_regularization(w, *, lam: Penalty = 1e-3, state: State | None = None) -> Masked:
+def _l1(packed, *, lam, solver="proximal"):
+    return lam * packed.values.abs().sum() if solver == "subgradient" else 0.0
+
+
+@score("Tibshirani 1996, Regression shrinkage and selection via the lasso", chapter="02", training=Training(penalty=_l1, project=_ista))
+def l1_weight_regularization(
+    w, training=False, *, lam: Penalty = 1e-3, solver: Annotated[str, Pick("proximal", "subgradient")] = "proximal", threshold_after: Weight = 0.0,
+    state: State | None = None,
+) -> Masked:  # fmt: skip
     """L1 regularization with the proximal step (ISTA).
 
     min L(w) + lam |w|_1, by w <- S_(lr lam)(w - lr grad L): exact zeros appear while training, and may leave again (survey 001, 2.1.1;
-    the survey's non-structured baseline). The lasso is what plain SGD solves (``fit(..., optimizer=torch.optim.SGD)``);
-    AdamW scales its steps, so that the same ``lam`` removes less.
+    the survey's non-structured baseline). ``subgradient`` adds lam sign(w) to the gradient instead and reaches no exact zero; what is then at most
+    ``threshold_after`` in size counts as removed once training is over. The lasso is what plain SGD solves
+    (``fit(..., optimizer=torch.optim.SGD)``); AdamW scales its steps, so that the same ``lam`` removes less.
     """
-    return Masked(w, w != 0, straight=True)
+    return Masked(w, w != 0 if training else w.abs() > threshold_after, straight=True)
 
 
 Hysteresis = Annotated[float, Span(0, 4)]
@@ -198,7 +206,9 @@ def surgery(w: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
 
 
 @score("Guo, Yao & Chen 2016, Dynamic network surgery for efficient DNNs", chapter="02")
-def dynamic_network_surgery(w, training, *, c: Hysteresis = 1.0, margin: Hysteresis = 0.1, decay: Decay = 1e-3, state: State | None = None) -> Masked:
+def dynamic_network_surgery(
+    w, training=False, *, c: Hysteresis = 1.0, margin: Hysteresis = 0.1, decay: Decay = 1e-3, state: State | None = None
+) -> Masked:
     """Dynamic network surgery (DNS).
 
     T = 0 where |w| < a, 1 where |w| >= b, as before between; a = mean|w| + c std|w|, b = a + margin std|w|, fixed at the start
@@ -241,7 +251,7 @@ LogVariance = Annotated[float, Span(-16, 0)]
 @score("Molchanov, Ashukha & Vetrov 2017, Variational dropout sparsifies deep neural networks", chapter="02",
        training=Training(penalty=_vd_penalty, variance=_vd_variance))  # fmt: skip
 def sparse_variational_dropout(
-    w, training, *, threshold: LogAlpha = 3.0, kl_weight: Weight = 1.0, warmup: Weight = 0.3, log_sigma2: LogVariance = -10.0,
+    w, training=False, *, threshold: LogAlpha = 3.0, kl_weight: Weight = 1.0, warmup: Weight = 0.3, log_sigma2: LogVariance = -10.0,
     state: State | None = None,
 ) -> Masked:  # fmt: skip
     """Sparse variational dropout.
@@ -269,24 +279,36 @@ def open_probability(log_alpha: Tensor, beta: float, gamma: float = GAMMA, zeta:
     return torch.sigmoid(log_alpha - beta * math.log(-gamma / zeta))
 
 
-def _l0_penalty(packed, examples, *, lam, beta):
-    return lam / examples * open_probability(packed.state["log_alpha"], beta).sum()
+def _l0_penalty(packed, examples, *, lam, beta, gamma=GAMMA, zeta=ZETA):
+    open_ = open_probability(packed.state["log_alpha"], beta, gamma, zeta)
+    return lam / examples * open_.sum() * (packed.values.numel() / open_.numel())
 
 
+GATES = {  # the shape of the gates for a weight of that shape
+    "weight": lambda shape: shape,
+    "input_neuron": lambda shape: (1, shape[1], *[1] * (len(shape) - 2)),
+    "filter": lambda shape: (shape[0], *[1] * (len(shape) - 1)),
+}
+Below, Above, Group = Annotated[float, Span(-0.5, -0.01)], Annotated[float, Span(1.01, 1.5)], Annotated[str, Pick(*GATES)]
 Temper = Annotated[float, Span(0.1, 1)]
 
 
 @score(
     "Louizos, Welling & Kingma 2018, Learning sparse neural networks through L0 regularization", chapter="02", training=Training(penalty=_l0_penalty)
 )
-def l0_hard_concrete(w, training, *, lam: Penalty = 0.1, beta: Temper = 2 / 3, start: Temper = 0.9, state: State | None = None) -> Masked:
+def l0_hard_concrete(
+    w, training=False, *, lam: Penalty = 0.1, group: Group = "weight", beta: Temper = 2 / 3, gamma: Below = GAMMA, zeta: Above = ZETA,
+    start: Temper = 0.9, state: State | None = None,
+) -> Masked:  # fmt: skip
     """L0 regularization with hard concrete gates.
 
-    w z, z = clamp(sigmoid((log u - log(1-u) + log alpha) / beta) (zeta - gamma) + gamma, 0, 1); lam / N sum P(z != 0) is added to the loss
-    (survey 001, 2.1.1 [31]). At test time z is the gate without noise. ``start`` is the probability that a gate is open at first.
+    w z, z = clamp(sigmoid((log u - log(1-u) + log alpha) / beta) (zeta - gamma) + gamma, 0, 1); lam / N sum P(z != 0), over all weights, is
+    added to the loss (survey 001, 2.1.1 [31]). At test time z is the gate without noise. A ``group`` of weights shares a gate. ``start`` is the
+    probability that a gate is open at first.
     """
     if state is None:
-        state = {"log_alpha": torch.full_like(w, math.log(start / (1 - start + 1e-3)) + beta * math.log(-GAMMA / ZETA))}
-    u = torch.rand_like(w).clamp(1e-6, 1 - 1e-6) if training else None
-    z = hard_concrete(state["log_alpha"], u, beta)
+        first = math.log(start / (1 - start + 1e-3)) + beta * math.log(-gamma / zeta)
+        state = {"log_alpha": torch.full(GATES[group](w.shape), first, dtype=w.dtype, device=w.device)}
+    u = torch.rand_like(state["log_alpha"]).clamp(1e-6, 1 - 1e-6) if training else None
+    z = hard_concrete(state["log_alpha"], u, beta, gamma, zeta).expand_as(w)
     return Masked(w * z, z > 0, state=state)
