@@ -12,12 +12,14 @@ from cmlib.core.apply import plan_of
 from cmlib.lab import child as module
 from cmlib.lab.child import Child
 from cmlib.lab.files import load
+from cmlib.lab.measure import threads_at
 from cmlib.lab.train import evaluate
 from cmlib.view import explorer
 from cmlib.view.explorer import explore
 
 HAN = "magnitude_pruning_han"
-JOB = {"net": "linear", "data": "digits", "seed": 0, "method": HAN, "where": "*", "knobs": {"keep": 0.2}, "epochs": 2}
+JOB = {"net": "linear", "data": "digits", "seed": 0, "method": HAN, "where": "*", "knobs": {"keep": 0.2}, "training": {"epochs": 2, "batch": 128}}
+ENDLESS = {"epochs": 100_000, "batch": 128}
 
 
 def finish(child, patience=150):
@@ -56,7 +58,7 @@ def test_a_training_runs_to_its_end(started, digits):
 
 
 def test_a_training_can_be_stopped(started):
-    child = started(epochs=100_000)
+    child = started(training=ENDLESS)
     end = time.monotonic() + 150
     while not child.report():
         assert child.running and time.monotonic() < end
@@ -71,7 +73,7 @@ def test_it_leaves_the_machine_to_others(started, monkeypatch):
     seen = {}
     popen = module.subprocess.Popen
     monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: seen.update(k["env"]) or popen(*a, **k))
-    child = started(epochs=100_000)
+    child = started(training=ENDLESS)
     while not child.report():
         assert child.running
         time.sleep(0.02)
@@ -89,7 +91,7 @@ def test_a_failure_has_its_reason(started, wrong, said):
 
 
 def test_the_folder_goes_with_the_child(started):
-    child = Child(**{**JOB, "epochs": 100_000})
+    child = Child(**{**JOB, "training": ENDLESS})
     folder = child.path
     child.stop()
     del child
@@ -128,12 +130,48 @@ def test_the_button_trains_what_is_left(digits):
     done = messages[-1]
     assert [m["state"] for m in messages[:-1]] == ["running"] * (len(messages) - 1) and done["state"] == "done"
     assert "progress" not in done and all(0 <= m["epoch"] <= m["epochs"] for m in messages)
-    (trained,) = panel.trained
-    assert done["point"]["accuracy"] == trained["accuracy"] == evaluate(load(panel._child.path / "model.cml"), digits)
+    report, step = panel._child.report(), panel.path[-1]
+    assert done["point"]["accuracy"] == step.accuracy == report["accuracy"] == evaluate(load(panel._child.path / "model.cml"), digits)
     assert not torch.equal(load(panel._child.path / "model.cml").fc1.weight, panel.model(state).fc1.weight)
-    assert done["point"]["bytes"] == trained["bytes"] == os.path.getsize(panel._child.path / "model.cml")
-    assert trained["knobs"]["keep"] == 0.1 and f"{100 * state.accuracy:.2f} %" in done["text"]
+    assert done["point"]["bytes"] == step.file_bytes == report["bytes"] == os.path.getsize(panel._child.path / "model.cml")
+    assert step.knobs["keep"] == 0.1 and f"{100 * state.accuracy:.2f} %" in done["text"]
     assert any(m["type"] == "exact" and m["seq"] == 1 for m in heard)
+    assert panel.state.knobs["keep"] == 0.5 and panel.state.net is None  # the hand had moved on
+
+
+L1, L0 = "l1_weight_regularization", "l0_hard_concrete"
+
+
+@pytest.mark.parametrize(("key", "knobs"), [(HAN, {"keep": 0.1}), (L1, {"lam": 0.1}), (L0, {"lam": 5.0}), ("dynamic_network_surgery", {"c": 1.5})])
+def test_what_training_left_is_shown(key, knobs, digits):
+    panel = explore(key, net="mlp", data="digits", **knobs)
+    heard, until = conversation(panel)
+    before = panel.state
+
+    async def go():
+        panel._receive(panel, {"type": "train", "epochs": 30}, [])
+        await until("done", "failed", "stopped")
+        while not any(m["type"] == "rest" for m in heard):
+            await asyncio.sleep(0.02)
+
+    asyncio.run(go())
+    state, picture, exact = panel.state, *(next(m for m in heard if m["type"] == kind) for kind in ("picture", "exact"))
+    made = load(panel._child.path / "model.cml")
+    assert state.net is not None and state.training["epochs"] == 30 and exact["accuracy"] == state.accuracy == evaluate(made, digits)
+    masks = {n: p.mask for n, p in plan_of(made).items()}
+    assert {n: p.kept for n, p in state.plan.items()} == {n: int(m.sum()) for n, m in masks.items()}
+    if key in (L1, L0):
+        assert state.kept < before.kept  # zeros appear while training
+    bars = picture["cards"][0]["kept"]
+    assert sum(bars) == masks["fc1"].sum() and bars != panel.views["fc1"].histogram(before.plan["fc1"])["kept"]
+    assert any("30 epochs" in n["text"] for n in exact["notes"]) and evaluate(panel.model(), digits) == state.accuracy
+    scope = {}
+    exec("from cmlib import *", scope)
+    with threads_at(1):  # as the child trains
+        exec(panel.line(), scope)
+    assert evaluate(scope["model"], digits) == state.accuracy
+    panel.move(**knobs)
+    assert panel.state.net is None and panel.state.accuracy == before.accuracy  # the sliders still act on the network as it shipped
 
 
 def test_the_button_stops_it():
@@ -147,7 +185,7 @@ def test_the_button_stops_it():
         return await until("stopped", "failed", "done")
 
     assert asyncio.run(go())[-1]["state"] == "stopped"
-    assert not panel._child.running and panel.trained == []
+    assert not panel._child.running and len(panel.path) == 1
 
 
 def test_a_training_that_fails_is_said(monkeypatch):

@@ -16,6 +16,7 @@ from torch import nn
 import cmlib
 from cmlib.core.knobs import Keep, Span
 from cmlib.core.method import score
+from cmlib.core.packed import Masked
 from cmlib.lab.files import save
 from cmlib.lab.train import evaluate
 from cmlib.lab.zoo import load_net
@@ -97,7 +98,7 @@ def percent(text):
 def test_a_move_is_answered_in_order(lenet_panel, mnist):
     async def go(browser):
         seq = browser.moves(keep=0.03)
-        assert [m["type"] for m in browser.heard] == ["picture", "line"]  # before anything else runs
+        assert [m["type"] for m in browser.heard] == ["picture"]  # before anything else runs
         await browser.hears("rest", seq)
         return seq
 
@@ -106,7 +107,7 @@ def test_a_move_is_answered_in_order(lenet_panel, mnist):
     assert all(m["seq"] == seq for m in browser.heard)
     kinds = [m["type"] for m in browser.heard]
     count = kinds.count("estimate")
-    assert count >= 1 and kinds == ["picture", "line", *["estimate"] * count, "exact", "rest"]
+    assert count >= 1 and kinds == ["picture", *["estimate"] * count, "exact", "rest"]
     figure = evaluate(cmlib.compress(lenet_panel.net, HAN, keep=0.03), mnist)
     assert browser.of("exact")[0]["accuracy"] == figure
     halves = [m["half"] for m in browser.of("estimate")]
@@ -164,11 +165,31 @@ def test_a_move_during_the_rest_takes_over(lenet_panel, monkeypatch):
     assert browser.of("exact", first) and not browser.of("rest", first)
 
 
+def test_while_one_move_follows_another_the_exact_figure_waits_for_rest(lenet_panel, monkeypatch):
+    monkeypatch.setattr(explorer, "REST", 1.5)
+
+    async def go(browser):
+        lenet_panel._moved = -float("inf")
+        lone = browser.moves(keep=0.041)
+        await browser.hears("estimate", lone)
+        await asyncio.wait_for(browser.hears("exact", lone), 1.4)  # nothing to wait for
+        second = browser.moves(keep=0.042)
+        await browser.hears("estimate", second)
+        await asyncio.sleep(0.7)
+        early = browser.of("exact", second)
+        await browser.hears("exact", second)
+        return early, len(browser.of("estimate", second))
+
+    with page(lenet_panel) as browser:
+        early, estimates = asyncio.run(go(browser))
+    assert not early and estimates >= 1
+
+
 def test_without_a_loop_a_move_is_measured_at_once():
     panel = digits_panel()
     with page(panel) as browser:
         browser.moves(keep=0.2)
-        assert [m["type"] for m in browser.heard] == ["picture", "line", "exact", "rest"]
+        assert [m["type"] for m in browser.heard] == ["picture", "exact", "rest"]
 
 
 WRONG = [
@@ -584,7 +605,14 @@ def test_data_of_other_shapes_and_classes(shape, classes):
     json.dumps({k: v for k, v in exact.items() if k != "buffers"}, allow_nan=False)
     assert {w["label"] for w in exact["worst"]} <= {str(c) for c in classes}
     flips = exact["flips"]
-    assert len(bytes(exact["buffers"][0])) == flips["n"] * flips["h"] * flips["w"]
+    colours = 3 if len(shape) == 3 else 1
+    assert len(bytes(exact["buffers"][0])) == flips["n"] * flips["h"] * flips["w"] * colours
+    assert flips["palette"] == ("rgb" if colours == 3 else "grey")
+    if flips["n"] and colours == 3:  # red, green, blue of a pixel beside each other
+        live, answers = panel.live, panel.state.answers
+        first = ((live.dense == live.labels) & (answers != live.labels)).nonzero()[0, 0]
+        expected = (live.images[first].clamp(0, 1) * 255).to(torch.uint8).movedim(0, -1)
+        assert bytes(exact["buffers"][0])[: expected.numel()] == expected.contiguous().numpy().tobytes()
     assert flips["n"] == 0 or (flips["h"], flips["w"]) == shape[-2:]
     assert len(flips["labels"]) == flips["n"] and flips["n"] == (0 if len(shape) == 1 else min(12, flips["total"]))
 
@@ -616,6 +644,23 @@ def test_every_layer_has_its_pictures(net, data, layer, kinds, mnist):
             assert len(found.buffers[card[name]]) == card.get("n", 1) * card["h"] * card["w"]
 
 
+def test_the_map_is_the_share_kept():
+    panel = explore("random_pruning", net="mlp", data="digits", keep=0.3, scope="network")
+    pixels = panel.state.plan["fc1"].mask.double().mean(0)
+    for layer, expected in (("fc1", pixels / pixels.max()), ("fc2", panel.state.plan["fc2"].mask.double())):
+        panel.layer = layer
+        found = panel.pictures(panel.state)
+        image = next(c for c in found.cards if c["kind"] == "image")
+        drawn = torch.frombuffer(bytearray(found.buffers[image["buffer"]]), dtype=torch.uint8)
+        assert (drawn.double() - 255 * expected.flatten()).abs().max() <= 1
+    far = pictures.LayerView("wide", torch.randn(128, 192))
+    out, mask = pictures.Cards([], []), torch.rand(128, 192) < 0.3
+    far.map(out, mask.flatten().nonzero().flatten().numpy())
+    blocks = torch.nn.functional.avg_pool2d(mask.double()[None, None], 2).flatten()  # 64 by 96 cells of 2 by 2 weights
+    drawn = torch.frombuffer(bytearray(out.buffers[0]), dtype=torch.uint8)
+    assert (drawn.double() - 255 * blocks).abs().max() <= 1
+
+
 def test_the_threshold_drawn_is_the_one_that_cut():
     panel = digits_panel(keep=0.2)
     weight, mask = panel.planner.weights["fc1"], panel.state.plan["fc1"].mask
@@ -627,5 +672,4 @@ def test_the_threshold_drawn_is_the_one_that_cut():
 
 def test_a_layer_of_zeros_can_be_drawn():
     view = pictures.LayerView("fc", torch.zeros(10, 64))
-    mask = torch.ones(10, 64, dtype=torch.bool)
-    assert sum(view.histogram(mask)["kept"]) == 640
+    assert sum(view.histogram(Masked(torch.zeros(10, 64), torch.ones(10, 64, dtype=torch.bool)))["kept"]) == 640

@@ -205,9 +205,7 @@ def test_shifted_moves_each_image_over_black():
     x[:, 0, 3, 2] = 1
     moved = shifted(x, torch.Generator().manual_seed(0), by=2)
     rows, columns = moved[:, 0].flatten(1).argmax(1).div(7, rounding_mode="floor"), moved[:, 0].flatten(1).argmax(1) % 7
-    assert (
-        (moved.flatten(1).sum(1) == 1).all() and rows.unique().tolist() == [1, 2, 3, 4, 5] and columns.unique().tolist() == [0, 1, 2, 3, 4]
-    )
+    assert (moved.flatten(1).sum(1) == 1).all() and rows.unique().tolist() == [1, 2, 3, 4, 5] and columns.unique().tolist() == [0, 1, 2, 3, 4]
     mirrored = shifted(x, torch.Generator().manual_seed(0), by=0, flip=True)[:, 0, 3]
     assert 100 < int(mirrored[:, 4].sum()) < 200 and (mirrored[:, 2] + mirrored[:, 4] == 1).all()
 

@@ -20,7 +20,8 @@ class Child:
     """A running (or finished) training of a kit's network. ``report`` is its newest line; ``stop`` ends it."""
 
     def __init__(self, **job: Any) -> None:
-        """``net, data, seed, method, where, knobs, epochs``: what to load, how to compress it, how long to train what is left."""
+        """``net, data, seed, method, where, knobs, training``: what to load, how to compress it, how to train (``fit``'s settings) what is left."""
+        self.job = job
         self.folder = tempfile.TemporaryDirectory(prefix="cmlib-")
         self.path = Path(self.folder.name)
         (self.path / "job.json").write_text(json.dumps(job))
@@ -70,8 +71,8 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     data = load_data(job["data"])
     model = compress(load_net(job["net"], job["data"], job["seed"]), job["method"], where=job["where"], data=data, **job["knobs"])
-    steps, batch = 0, 128
-    total = job["epochs"] * -(-len(data.train[1]) // batch)
+    steps, training = 0, job["training"]
+    total = training["epochs"] * -(-len(data.train[1]) // training["batch"])
     with open(folder / "reports", "w") as reports:
 
         def say(**line: Any) -> None:
@@ -81,10 +82,10 @@ def main(folder: Path) -> None:
         def count(_: Any, __: Any) -> None:
             nonlocal steps
             steps += 1
-            if steps % 10 == 0:
+            if steps % 10 == 1:
                 say(step=steps, steps=total)
 
-        fit(model, data, epochs=job["epochs"], batch=batch, hooks=[Hook(after=count)], keep_best=False)
+        fit(model, data, **training, hooks=[Hook(after=count)], keep_best=False)
         size = save(model, folder / "model.cml")
         say(step=total, steps=total, accuracy=evaluate(model, data), bytes=size)
 

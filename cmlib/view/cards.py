@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.apply import Plan
+from ..core.packed import Packed
 
 BINS = 81
 UNITS = 6  # how many units, filters or maps a strip shows
@@ -37,42 +37,68 @@ class LayerView:
     """One layer's pictures; what no slider changes is worked out once."""
 
     def __init__(self, name: str, weight: Tensor) -> None:
-        self.name, self.weight = name, weight.detach().cpu()
-        self.sorted, self.order = self.weight.abs().flatten().sort()
+        self.name, self.given, self.weight = name, weight, weight.detach().cpu()
+        self.sizes = self.weight.abs().flatten().numpy()
+        self.rising = np.sort(self.sizes)
         self.label = f"{name} {'×'.join(str(n) for n in weight.shape)}"
-        self.reach = max(self.sorted[int(0.999 * (weight.numel() - 1))].item(), 1e-12)
-        scaled = ((self.weight.flatten() / self.reach + 1) / 2 * BINS).clamp(0, BINS - 1)
-        self.bins = scaled.to(torch.int64)
-        self.counts = torch.bincount(self.bins, minlength=BINS).tolist()
+        self.reach = max(self.rising[int(0.999 * (weight.numel() - 1))].item(), 1e-12)
+        self.bins = self._bins(self.weight)
+        self.counts = np.bincount(self.bins, minlength=BINS).tolist()
         self.before = self.pictures(self.weight)
+        self.grid, self.cell = self._cells()
+        self.in_cell = np.bincount(self.cell)
 
-    def cut(self, mask: Tensor) -> float | None:
+    def _bins(self, w: Tensor) -> np.ndarray:
+        """The bar of the histogram that each weight falls into."""
+        return ((w.flatten() / self.reach + 1) / 2 * BINS).clamp(0, BINS - 1).to(torch.int64).numpy()
+
+    def _cells(self) -> tuple[tuple[int, int], np.ndarray]:
+        """The map's height and width, and each weight's cell: the input pixel it reads in a first dense layer, else its part of the matrix."""
+        outputs, inputs = self.weight.flatten(1).shape
+        side = self._side()
+        if self.weight.dim() == 2 and side:
+            return (side, side), np.tile(np.arange(inputs), outputs)
+        high, wide = min(outputs, 64), min(inputs, 96)
+        down, across = np.arange(outputs) * high // outputs, np.arange(inputs) * wide // inputs
+        return (high, wide), (down[:, None] * wide + across).ravel()
+
+    def _side(self) -> int:
+        """The height and width of a unit's inputs, where they are a square picture; else 0."""
+        inputs = self.weight[0].numel()
+        side = round(inputs**0.5)
+        return side if side * side == inputs and side >= 8 else 0
+
+    def cut(self, places: np.ndarray) -> float | None:
         """The magnitude below which weights went, where magnitude is what decided; None elsewhere."""
-        by_size, gone = mask.flatten()[self.order], int(mask.numel() - np.count_nonzero(mask.numpy()))
-        if gone in (0, mask.numel()) or by_size[:gone].any():
+        gone = len(self.sizes) - len(places)
+        if gone in (0, len(self.sizes)) or self.sizes[places].min() < self.rising[gone]:
             return None
-        return (self.sorted[gone - 1] + self.sorted[gone]).item() / 2
+        return (self.rising[gone - 1] + self.rising[gone]).item() / 2
 
-    def histogram(self, mask: Tensor) -> dict[str, Any]:
-        kept, cut = torch.bincount(self.bins[mask.flatten()], minlength=BINS), self.cut(mask)
+    def histogram(self, packed: Packed) -> dict[str, Any]:
+        """How many weights of each value there were, and how many there are of those that stay."""
+        moved = packed.values is not self.given  # by a repair, or by training
+        bins = self._bins(packed.values.detach().cpu()) if moved else self.bins
+        kept, cut = np.bincount(bins[packed.places], minlength=BINS), self.cut(packed.places)
         card = {"kind": "histogram", "caption": f"weight value (√ count) · {self.label}", "edges": [-self.reach, self.reach]}
         return {**card, "counts": self.counts, "kept": kept.tolist(), "cut": cut, "cut_label": f"threshold ±{cut:.2g}" if cut is not None else ""}
 
     def pictures(self, w: Tensor) -> Tensor | None:
         """The first units as small images (n, h, w) with 128 for zero: filters of a convolution, input images of a first dense layer."""
-        side = round(w.shape[1] ** 0.5) if w.dim() == 2 else 0
+        side = self._side()
         if w.dim() == 4 and w.shape[-1] > 1:
             first = w[:UNITS, 0]
-        elif side * side == w.shape[1:].numel() and side >= 8:
+        elif side:
             first = w[:UNITS].reshape(-1, side, side)
         else:
             return None
         return ((first / self.reach).clamp(-1, 1) * 127 + 128).to(torch.uint8)
 
-    def strip(self, out: Cards, w: Tensor) -> None:
+    def strip(self, out: Cards, packed: Packed) -> None:
+        """Filters, or a first dense layer's units, before and after."""
         if self.before is None:
             return
-        n, h, width = self.before.shape
+        w, (n, h, width) = packed.dense().detach().cpu(), self.before.shape
         what = "filters (first input channel)" if w.dim() == 4 else "units"
         card = {
             "kind": "strip",
@@ -86,29 +112,16 @@ class LayerView:
         alt = f"{n} {what} of {self.name} as pictures, before and after compression"
         out.add({**card, "alt": alt}, before=self.before, after=self.pictures(w))
 
-    def map(self, out: Cards, mask: Tensor, kept: int) -> None:
-        """Where the ``kept`` weights sit: per input pixel for a first dense layer, else the weight matrix seen from afar."""
-        side = round(mask.shape[1] ** 0.5)
-        if mask.dim() == 2 and side * side == mask.shape[1] and side >= 8:
-            shares = mask.float().mean(0).reshape(side, side)
-            picture, caption = shares / shares.max().clamp(min=1e-9), "weights kept per pixel of the input: what the layer looks at"
+    def map(self, out: Cards, places: np.ndarray) -> None:
+        """Where the kept weights sit: per input pixel for a first dense layer, else the weight matrix seen from afar."""
+        share, (h, w) = np.bincount(self.cell[places], minlength=len(self.in_cell)) / self.in_cell, self.grid
+        if self.weight.dim() == 2 and self._side():
+            share, caption = share / max(share.max(), 1e-9), "weights kept per pixel of the input: what the layer looks at"
         else:
-            matrix = mask.flatten(1).float()
-            size = min(matrix.shape[0], 64), min(matrix.shape[1], 96)
-            picture, caption = (
-                F.adaptive_avg_pool2d(matrix[None, None], size)[0, 0],
-                f"share kept · {self.name} as a matrix, outputs down, inputs across",
-            )
-        h, w = picture.shape
-        card = {
-            "kind": "image",
-            "h": h,
-            "w": w,
-            "palette": "sequential",
-            "caption": caption,
-            "alt": f"{caption}; {kept / mask.numel():.1%} of the weights stay",
-        }
-        out.add(card, buffer=(picture * 255).to(torch.uint8))
+            caption = f"share kept · {self.name} as a matrix, outputs down, inputs across"
+        alt = f"{caption}; {len(places) / len(self.cell):.1%} of the weights stay"
+        card = {"kind": "image", "h": h, "w": w, "palette": "sequential", "caption": caption, "alt": alt}
+        out.add(card, buffer=torch.from_numpy((share * 255).astype(np.uint8)))
 
 
 def feature_maps(model: nn.Module, layer: str, x: Tensor, weights: dict[str, Tensor]) -> Tensor | None:

@@ -1,15 +1,18 @@
 """The explorer: a method's knobs beside what they do to a real network, measured while the hand moves.
 
 ``explore(method, net=..., data=...)`` makes the panel. A move of a slider shows its picture at once, then an interval for the accuracy, then
-the exact figure, and when the hand rests the file that ``save`` writes and the latency. A newer move cancels what an older one had left to do.
+the exact figure, and when the hand rests the latency. A newer move cancels what an older one had left to do; while one move follows another, the
+exact figure waits for the hand to rest, so that the next picture finds the cores free.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,15 +26,17 @@ from ..core.knobs import Span
 from ..core.method import Method, score
 from ..lab.child import Child
 from ..lab.data import Data, load_data
+from ..lab.files import load
 from ..lab.measure import threads_at
-from ..lab.zoo import SEEDS, load_net
+from ..lab.zoo import RECIPES, SEEDS, load_net
 from ..methods import find
 from . import words
 from .walk import OWN, Walk
 from .words import State
 
 HERE = Path(__file__).parent
-REST = 0.35  # seconds without a move before the slow figures are measured
+EPOCHS = (1, 3, 10, 30)  # of retraining, to choose from
+REST = 0.35  # seconds without a move after which the hand rests
 
 
 def _humbly() -> None:
@@ -78,8 +83,7 @@ class Explorer(Walk, anywidget.AnyWidget):
         method.bind(predict or {})
         self.pins: list[State] = []
         self.guesses: list[dict[str, Any]] = []
-        self.trained: list[dict[str, Any]] = []
-        self.seq, self._task, self._training = 0, None, None
+        self.seq, self._task, self._training, self._moved = 0, None, None, -math.inf
         Walk.__init__(self, net, method, data, where=where, layer=layer, part=part, title=title, **knobs)
         anywidget.AnyWidget.__init__(self, spec=self._spec())
         self.on_msg(self._receive)
@@ -95,7 +99,7 @@ class Explorer(Walk, anywidget.AnyWidget):
             "published": self.published, "line": self.line(),
             "walked": [words.point(s) for s in self.path],
             "predict": self._question() if self.predict else None,
-            "train": {"label": "retrain", "title": "train what is left for one epoch, in a process of its own"} if source and self.listed else None,
+            "train": {"label": "retrain", "title": "train what is left, in its own process", "epochs": EPOCHS} if source and self.listed else None,
         }  # fmt: skip
 
     def _question(self) -> dict[str, Any]:
@@ -120,13 +124,13 @@ class Explorer(Walk, anywidget.AnyWidget):
         self._later(self._measure(self.seq, self.state))
 
     def _on_move(self, message: dict[str, Any]) -> None:
-        self.seq = message["seq"]
+        self.seq, self._moved, before = message["seq"], time.monotonic(), self._moved
         with threads_at(1):  # waiting for a second thread takes longer than the work, when anything else runs
             knobs = self.method.bind({**self.start, **self._typed(message["knobs"])})
             state = self.state if knobs == self.state.knobs else self.look(knobs)
             self.layer, self.state = self._covered(message.get("layer") or self.layer), state
             self._picture(self.state)
-        self._later(self._measure(self.seq, self.state))
+        self._later(self._measure(self.seq, self.state, hurried=self._moved - before < 2 * REST))
 
     def _typed(self, knobs: dict[str, Any]) -> dict[str, Any]:
         whole = {n for n, k in self.method.knobs.items() if isinstance(k.span, Span) and k.span.integer}
@@ -136,9 +140,8 @@ class Explorer(Walk, anywidget.AnyWidget):
         """What is known at once: the pictures, the bytes, the table with what is not yet measured left open; and where, for other views."""
         found, size = self.pictures(state), {"bytes": state.file_bytes, "label": words.size_text(state.file_bytes)}
         where = {"knobs": {n: v for n, v in state.knobs.items() if v is not None}, "layer": self.layer}
-        said = {"point": size, "cells": self.cells(state), "notes": self.notes(state)}
+        said = {"point": size, "cells": self.cells(state), "notes": self.notes(state), "line": self.line(state)}
         self.send({"type": "picture", "seq": self.seq, "cards": found.cards, **said, **where}, found.buffers)
-        self.send({"type": "line", "seq": self.seq, "line": self.line(state)})
 
     def _later(self, work: AsyncIterator | Any) -> None:
         """Start slow work in the kernel's own loop, in place of the work before it."""
@@ -154,11 +157,11 @@ class Explorer(Walk, anywidget.AnyWidget):
         """Work done in the one worker thread, so that the kernel's loop is free for a newer move, which cancels what waits for it."""
         return await asyncio.get_running_loop().run_in_executor(WORKER, work, *arguments)
 
-    async def _measure(self, seq: int, state: State) -> None:
+    async def _measure(self, seq: int, state: State, hurried: bool = False) -> None:
         """The exact accuracy of a state, with estimates on the way, and the slow figures when the hand rests; what is known is not measured again."""
         try:
             if state.accuracy is None:
-                await self._count(seq, state)
+                await self._count(seq, state, hurried)
             flips, picture = self.flips(state)
             self.send({"type": "exact", "seq": seq, **self._exact(state), "flips": flips}, [picture])
             if state.row is None:
@@ -168,8 +171,8 @@ class Explorer(Walk, anywidget.AnyWidget):
         except Exception as error:
             self.send({"type": "error", "seq": seq, "message": f"{type(error).__name__}: {error}"})
 
-    async def _count(self, seq: int, state: State) -> None:
-        """All images, a batch at a time; an estimate is sent where its interval has narrowed by a third."""
+    async def _count(self, seq: int, state: State, hurried: bool) -> None:
+        """All images, a batch at a time; an estimate is sent where its interval has narrowed by a third; if ``hurried``, one will do till rest."""
         estimates, shown = self.live.estimates(state.weights), 1.0
         while (step := await self._beside(next, estimates, None)) is not None:
             estimate, answers = step
@@ -178,6 +181,9 @@ class Explorer(Walk, anywidget.AnyWidget):
                 text = f"{words.pct(estimate.accuracy, 1)} ±{100 * estimate.half:.1f}"
                 self.send({"type": "estimate", "seq": seq, "accuracy": estimate.accuracy, "half": estimate.half, "images": estimate.done,
                            "text": text, "cells": self.cells(state), "point": words.point(state)})  # fmt: skip
+                if hurried:
+                    await asyncio.sleep(REST)
+                    hurried = False
         await self._beside(self._finish, state, answers)
 
     def _exact(self, state: State) -> dict[str, Any]:
@@ -220,13 +226,15 @@ class Explorer(Walk, anywidget.AnyWidget):
     def _on_clear(self, _: dict[str, Any]) -> None:
         self.path.clear()
 
-    def _on_train(self, _: dict[str, Any]) -> None:
-        """Train what the state shown leaves for one epoch, in a child process."""
+    def _on_train(self, message: dict[str, Any]) -> None:
+        """Train what the state shown leaves, in a child process."""
         if self.source is None or not self.listed:
             why = "retraining beside the panel needs a network and a method of the kit's, which a second process finds by name"
             raise ValueError(f"{why}; use fit(panel.model(), data)")
         self._on_stop({})
-        self._child = Child(**self.source, method=self.method.key, where=self.where, knobs=self.state.knobs, epochs=1)
+        recipe = RECIPES[self.source["net"]]
+        training = {"epochs": message.get("epochs", 1), "lr": recipe["lr"], "batch": recipe["batch"]}
+        self._child = Child(**self.source, method=self.method.key, where=self.where, knobs=self.state.knobs, training=training)
         self._training = asyncio.get_running_loop().create_task(self._train(self._child, self.state))
 
     def _on_stop(self, _: dict[str, Any]) -> None:
@@ -244,11 +252,18 @@ class Explorer(Walk, anywidget.AnyWidget):
             how = {"state": "failed", "text": child.failure} if child.failure else {"state": "stopped", "text": "stopped"}
             self.send({"type": "train", **how})
             return
-        point = {"bytes": report["bytes"], "accuracy": report["accuracy"], "label": "retrained", "half": 0}
+        found = await self._beside(self._fetch, child, state)
         before = "not measured" if state.accuracy is None else words.pct(state.accuracy)
-        text = f"retrained for one epoch: {words.pct(report['accuracy'])} (before: {before})"
-        self.trained.append({"knobs": state.knobs, **report})
-        self.send({"type": "train", "state": "done", "epoch": 1, "epochs": 1, "text": text, "point": point})
+        text = f"retrained, {words.epochs(found)}: {words.pct(found.accuracy)} (before: {before})"
+        self.send({"type": "train", "state": "done", "epoch": 1, "epochs": 1, "text": text, "point": words.point(found)})
+        if self.state is state:  # the hand has not moved on
+            self.state = found
+            self._picture(found)
+            self._later(self._measure(self.seq, found))
+
+    def _fetch(self, child: Child, state: State) -> State:
+        """What a child has trained, as a state."""
+        return self.trained(state, load(child.path / "model.cml"), child.job["training"])
 
     def close(self) -> None:
         """End what runs beside the panel, then the widget."""

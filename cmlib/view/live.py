@@ -52,22 +52,13 @@ def interval(correct: Tensor, done: Tensor, total: Tensor, z: float = Z95) -> Es
     return Estimate((weight * correct / done).sum().item(), half, int(done.sum()), int(total.sum()))
 
 
-def portions(count: int, batch: int) -> list[int]:
-    """Sizes of the batches of ``count`` images: halves while an estimate is waited for, whole ones after that, and what is left over."""
-    sizes = [batch // 2 or 1] * 4
-    while sum(sizes) < count:
-        sizes.append(batch)
-    over = [max(0, min(size, count - sum(sizes[:i]))) for i, size in enumerate(sizes)]
-    return [size for size in over if size]
-
-
 class Live:
     """A trained network and its validation images, ready to be asked again and again with other weights.
 
     The model is never copied on a question: weights are put in its place for the length of a call.
     """
 
-    def __init__(self, model: nn.Module, data: Any, *, batch: int = 250, part: str = "validation") -> None:
+    def __init__(self, model: nn.Module, data: Any, *, batch: int = 125, part: str = "validation") -> None:
         self.model, self.lock = baked(model), threading.Lock()
         images, labels = pair_of(data, part)
         self.order = stratified(labels, len(labels))
@@ -76,7 +67,7 @@ class Live:
         device = device_of(model)
         x = as_input(self.images, self.model)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        self.starts: dict[int, list[Tensor]] = {0: list(x.to(device).split(portions(len(x), batch)))}
+        self.starts: dict[int, list[Tensor]] = {0: list(x.to(device).split(batch))}
         chain = type(self.model).forward is nn.Sequential.forward
         self.stages = list(self.model._modules.items()) if chain else []  # named_children would leave out a module that stands twice
         self.dense = self.answers({})

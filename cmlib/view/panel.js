@@ -758,8 +758,9 @@ function makePanel(model, el) {
   const busy = h("span", { class: "pnl-busy", hidden: true, "data-role": "busy" }), said = h("p", { class: "pnl-hidden", role: "status", "aria-live": "polite", "data-role": "status" });
   const header = h("header"), knobRow = h("div", { class: "pnl-knobs" });
   const pin = button("pin", "pin", () => send({ type: "pin" }));
-  const train = button("retrain", "train", () => send({ type: "train" })), reset = button("reset", "reset", goBack);
-  const controls = h("section", { class: "pnl-box pnl-controls", "aria-label": "controls" }, knobRow, h("div", { class: "pnl-buttons" }, pin, train, reset));
+  const epochs = h("select", { "aria-label": "epochs of retraining", "data-role": "epochs" });
+  const train = button("retrain", "train", () => send({ type: "train", epochs: Number(epochs.value) })), reset = button("reset", "reset", goBack);
+  const controls = h("section", { class: "pnl-box pnl-controls", "aria-label": "controls" }, knobRow, h("div", { class: "pnl-buttons" }, pin, h("span", { class: "pnl-train" }, train, epochs), reset));
   const progress = h("progress", { "aria-label": "training", max: 1 }), trainText = h("span");
   const stop = button("stop", "stop", () => send({ type: "stop" })), training = h("div", { class: "pnl-training", hidden: true, "data-role": "training" }, progress, trainText, stop);
   const error = h("div", { class: "pnl-error", role: "alert", "data-role": "error", hidden: true });
@@ -865,7 +866,8 @@ function makePanel(model, el) {
     if (!sameKnob(old.dense, spec.dense)) plot.forget();
     makeHeader(spec);
     makeKnobs(spec, old, values);
-    train.hidden = !spec.train;
+    train.hidden = epochs.hidden = !spec.train;
+    if (!sameKnob(old.train, spec.train)) epochs.replaceChildren(...(spec.train?.epochs ?? []).map((n) => h("option", { value: n }, `${n} epoch${n > 1 ? "s" : ""}`)));
     write(train, `${spec.train?.label ?? "retrain"} ▸`);
     assign(train, { title: spec.train?.title });
     mark("all");
@@ -908,7 +910,7 @@ function makePanel(model, el) {
         if (message.layer) layer?.set(message.layer);
       }
       Object.assign(state, { pictureSeq: seq, cards: message.cards ?? [], buffers, cells: message.cells ?? state.cells, notes: message.notes ?? [], lateNotes: null,
-        point: message.point ? { ...message.point } : state.point, text: "", error: "", keptNote: message.kept_note ?? "" });
+        point: message.point ? { ...message.point } : state.point, line: message.line ?? state.line, text: "", error: "", keptNote: message.kept_note ?? "" });
       if (state.guess && !state.guess.bytes && seq >= state.guess.seq) state.guess.bytes = message.point?.bytes;
       mark("cards", "plot", "figures", "forgets", "twin", ...(state.pins.length ? ["compare"] : []));
     },
@@ -934,10 +936,7 @@ function makePanel(model, el) {
     pinned({ pins }) { state.pins = pins ?? []; mark("compare", "plot", "twin"); },
     train(message) {
       state.train = message;
-      if (known(message.point)) {
-        stepOn({ ...message.point, half: 0 }, state.pictureSeq);
-        if (message.state === "done") Object.assign(state, { point: { label: byteText(message.point.bytes), ...message.point, half: 0 }, text: percent(message.point.accuracy, 2) });
-      }
+      if (known(message.point)) stepOn({ ...message.point, half: 0 }, state.pictureSeq);
       mark("train", "plot", "twin");
     },
     guess({ value, actual, text, bytes }) {
@@ -946,7 +945,6 @@ function makePanel(model, el) {
       state.veil = false;
       mark("all");
     },
-    line({ line }) { state.line = line; mark("twin"); },
     error({ seq, message }) {
       asker.answered(seq ?? asker.newest);
       state.error = message;
@@ -958,7 +956,7 @@ function makePanel(model, el) {
     state.text = message.text ?? percent(message.accuracy, half ? 1 : 2);
     state.point = { ...state.point, ...message.point, accuracy: message.point?.accuracy ?? message.accuracy, half };
   }
-  const ANY_TIME = new Set(["picture", "pinned", "train", "guess", "line", "error"]);
+  const ANY_TIME = new Set(["picture", "pinned", "train", "guess", "error"]);
   function onMessage(message, buffers) {
     if (!hear[message?.type]) return;
     if (!ANY_TIME.has(message.type) && (message.seq ?? 0) < state.pictureSeq) return;      // about a state already left

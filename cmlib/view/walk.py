@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Planner, attach
+from ..core.apply import Plan, Planner, attach, baked, plan_of
 from ..core.method import Method
 from ..lab.data import Data
 from ..lab.files import length, save, sizes
 from ..lab.measure import measure
+from ..lab.train import predict
 from ..lab.zoo import checkpoint, load_net
 from ..methods import catalog
 from . import cards, words
@@ -74,11 +75,17 @@ class Walk:
 
     def look(self, knobs: dict[str, Any]) -> State:
         """The plan of these knobs and its size; nothing is measured yet."""
-        plan = self.planner(**knobs)
-        with torch.no_grad():
-            weights = {name: p.dense() for name, p in plan.items()}
-        arrays = self.rest_bytes + sum(p.bits() for p in plan.values()) // 8
-        return State(self.method.bind(knobs), plan, weights, arrays - self.rest_bytes, arrays + self.header_bytes, source=self.source)
+        return self._state(self.method.bind(knobs), self.planner(**knobs))
+
+    def _state(self, knobs: dict[str, Any], plan: Plan, **more: Any) -> State:
+        packed = sum(p.bits() for p in plan.values()) // 8
+        return State(knobs, plan, packed, packed + self.rest_bytes + self.header_bytes, source=self.source, **more)
+
+    def trained(self, state: State, net: nn.Module, training: dict[str, Any]) -> State:
+        """The state that training made of ``state``, measured; ``net`` is the trained network. The point joins the path."""
+        found = self._state(state.knobs, plan_of(net), net=baked(net), training=training)
+        self._finish(found, predict(found.net, self.live.images).argmax(1))
+        return found
 
     def move(self, **knobs: Any) -> State:
         """Go to these knobs (the others stay), measure the exact accuracy, and add the point to the path."""
@@ -96,7 +103,7 @@ class Walk:
         there = dense.isfinite().nonzero().flatten()  # a class may have no image
         order = there[(now - dense)[there].argsort(stable=True)[:3]].tolist()
         state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
-        state.file_bytes, state.weighed = length(self.pictured, {**self.planner.previous, **state.plan}), True
+        state.file_bytes, state.weighed = length(state.net or self.pictured, {**self.planner.previous, **state.plan}), True
         self.path.append(state.step())
 
     def class_name(self, c: int) -> str:
@@ -106,10 +113,9 @@ class Walk:
         """The cards of the pictured layer and the bars of all."""
         out, name = cards.Cards([], []), self.layer
         packed, view = state.plan[name], self.views[name]
-        mask = packed.mask.cpu()
-        out.add(view.histogram(mask))
-        view.map(out, mask, packed.kept)
-        view.strip(out, state.weights[name].cpu())
+        out.add(view.histogram(packed))
+        view.map(out, packed.places)
+        view.strip(out, packed)
         self._feature_maps(out, state)
         out.add(cards.shares(state.plan))
         return out
@@ -119,7 +125,8 @@ class Walk:
         if self.layer not in self.maps:
             self.maps[self.layer] = cards.feature_maps(self.pictured, self.layer, x, {}) if self.views[self.layer].weight.dim() == 4 else None
         if self.maps[self.layer] is not None:
-            cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(self.pictured, self.layer, x, state.weights))
+            after = cards.feature_maps(state.net or self.pictured, self.layer, x, {} if state.net else state.weights)
+            cards.maps_strip(out, self.layer, self.maps[self.layer], after)
 
     # what is said of it -----------------------------------------------------------------------------------------
 
@@ -143,7 +150,9 @@ class Walk:
         data = f'data=load_data("{self.data.name}")' if isinstance(self.data, Data) else "data=data"
         asks = [data] if set(self.method.asks) - {"w", "training"} else []
         knobs = [f"{n}={v!r}" for n, v in changed.items()]
-        return f"compress({', '.join([net, method, *where, *asks, *knobs])})"
+        made = f"compress({', '.join([net, method, *where, *asks, *knobs])})"
+        training = ", ".join(f"{n}={v!r}" for n, v in state.training.items())
+        return f"fit(model := {made}, {data[5:]}, {training}, keep_best=False)" if state.net else made
 
     def text(self, state: State | None = None) -> str:
         """The panel as plain text: the same figures for reading aloud, printing and grading."""
@@ -183,9 +192,9 @@ class Walk:
     def model(self, state: State | None = None) -> nn.Module:
         """A copy of the network with the state's plan attached: what ``line`` would make."""
         state = state or self.state
-        copy = deepcopy(self.net)
+        copy = deepcopy(state.net or self.net)
         for name, packed in state.plan.items():
-            attach(copy.get_submodule(name), packed, self.method, state.knobs)
+            attach(copy.get_submodule(name), packed, None if state.net else self.method, state.knobs)
         return copy
 
     def flips(self, state: State) -> tuple[dict[str, Any], bytes]:
@@ -194,12 +203,13 @@ class Walk:
         lost = ((dense == labels) & (answers != labels)).nonzero().flatten()
         gained = int(((dense != labels) & (answers == labels)).sum())
         images = self.live.images[lost[:SHOWN]]
-        images = images[:, :1] if images.dim() == 4 else images[:, None] if images.dim() == 3 else images.new_empty(0, 1, 1, 1)
+        images = images if images.dim() == 4 else images[:, None] if images.dim() == 3 else images.new_empty(0, 1, 1, 1)
+        images, palette = (images[:, :3].movedim(1, -1), "rgb") if images.shape[1] >= 3 else (images[:, 0], "grey")
         pictures = (images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).to(torch.uint8)).cpu()
         kinds = {"truth": labels, "before": dense, "after": answers}
         names = [{kind: self.class_name(int(of[i])) for kind, of in kinds.items()} for i in lost[: len(pictures)]]
         caption = f"{len(lost):,} images right before and wrong now; {gained:,} the other way"
-        size = {"n": len(names), "h": pictures.shape[-2], "w": pictures.shape[-1]}
+        size = {"n": len(names), "h": pictures.shape[1], "w": pictures.shape[2], "palette": palette}
         return {**size, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
 
     def rest(self, state: State) -> None:

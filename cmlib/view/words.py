@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..core.apply import Plan
 from ..core.knobs import Knob, Span
@@ -36,11 +38,10 @@ class Step:
 
 @dataclass(eq=False)
 class State:
-    """One position of the knobs: the plan it means, the weights in place, and what has been measured of it so far."""
+    """One position of the knobs: the plan it means, and what has been measured of it so far."""
 
     knobs: dict[str, Any]
     plan: Plan
-    weights: dict[str, Tensor]
     packed_bytes: int  # of the covered weights, as stored
     file_bytes: int
     estimate: Estimate | None = None
@@ -50,6 +51,14 @@ class State:
     row: Row | None = None
     worst: list[dict[str, Any]] = field(default_factory=list)
     source: dict[str, Any] | None = None  # how the kit makes the network that it is a state of
+    net: nn.Module | None = None  # what training made of it, with plain weights; None while only the plan differs from the dense network
+    training: dict[str, Any] = field(default_factory=dict)  # the settings of that training
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that the plan puts in place."""
+        with torch.no_grad():
+            return {name: packed.dense() for name, packed in self.plan.items()}
 
     def step(self) -> Step:
         """What the path remembers of it."""
@@ -91,7 +100,8 @@ def _speed(row: Row | None) -> list[list[str]]:
 def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     """What the figures mean, and why some did not move."""
     empty = [n for n, p in state.plan.items() if p.kept == 0]
-    found = [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: it passes on nothing but its bias.")] if empty else []
+    found = [note("info", "Trained on.", f"What was left was trained for {epochs(state)}.")] if state.net else []
+    found += [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: it passes on nothing but its bias.")] if empty else []
     title = f"{times(state.total, state.kept)} fewer weights, {times(dense.file_bytes, state.file_bytes)} smaller file."
     found.append(note("info", title, _storage(state)))
     if is_n_of_m(state.knobs.get("unit", "")):
@@ -119,6 +129,12 @@ def point(state: State | Step) -> dict[str, Any]:
     if state.accuracy is not None:
         return {**found, "accuracy": state.accuracy}
     return {**found, "accuracy": state.estimate.accuracy, "half": state.estimate.half} if state.estimate else found
+
+
+def epochs(state: State) -> str:
+    """How long a state was trained."""
+    count = state.training["epochs"]
+    return f"{count} epoch{'s' * (count > 1)}"
 
 
 def note(tone: str, title: str, text: str) -> dict[str, str]:

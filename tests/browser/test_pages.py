@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import pytest
-
 from cmlib.bench import browser
 
 from .conftest import Panel, notebook, voila
@@ -25,8 +23,6 @@ def test_voila_shows_the_live_panel(tmp_path):
 
 def test_the_notebook_of_chapter_02_runs_and_its_panel_answers(tmp_path):
     path = ROOT / "notebooks/02_pruning_weights.ipynb"
-    if not path.is_file():
-        pytest.skip("notebooks/02_pruning_weights.ipynb is not there yet")
     (tmp_path / path.name).write_bytes(path.read_bytes())
     with browser.lab(tmp_path, path.name, width=1500, height=1300) as page:
         browser.run_all(page, timeout=600)

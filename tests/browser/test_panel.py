@@ -207,7 +207,7 @@ def test_another_seed_another_network(page, asked):
 def test_the_button_trains_in_view(page, asked):
     asked.part("train").press("Enter")
     asked.wait("panel => /retrained/.test(panel.querySelector('[data-role=training]').textContent)", timeout=60)
-    accuracy = kernel(page, "asked.trained[-1]['accuracy']")
+    accuracy = kernel(page, "asked.path[-1].accuracy")
     assert f"{100 * accuracy:.2f} %" in asked.part("training").inner_text()
 
 
