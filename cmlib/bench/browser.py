@@ -140,15 +140,23 @@ def run_all(found: Any, timeout: float = 180) -> None:
         raise RuntimeError(error.first.inner_text()[-1500:])
 
 
-WATCH = """(panel) => {
+# A task that is posted in an animation frame's own callback runs when that frame has been laid out and painted: that is when a thing is drawn.
+DRAWN = """(() => { const channel = new MessageChannel(), waiting = [];
+  channel.port1.onmessage = () => waiting.shift()(performance.now());
+  return (then) => { waiting.push(then); channel.port2.postMessage(0); }; })()"""
+# The panel changes its data-* in the animation frame that draws them.
+WATCH = (
+    f"""(panel) => {{ const drawn = {DRAWN};"""
+    + """
   const clock = window.cmlibClock = {pressed: [], asked: {}, seq: [], estimate: [], exact: []};
   panel.addEventListener('input', () => clock.pressed.push(performance.now()), true);
   new MutationObserver(() => { clock.asked[panel.dataset.asked] ??= clock.pressed.at(-1); }).observe(panel, {attributeFilter: ['data-asked']});
   const seen = {seq: panel.dataset.seq, estimate: panel.dataset.estimate, exact: panel.dataset.exact};
   new MutationObserver(() => { for (const k of ['seq', 'estimate', 'exact']) if (panel.dataset[k] !== seen[k]) {
-      seen[k] = panel.dataset[k]; const v = +seen[k]; requestAnimationFrame(() => clock[k].push([v, performance.now()])); } })
+      seen[k] = panel.dataset[k]; const v = +seen[k]; drawn((t) => clock[k].push([v, t])); } })
     .observe(panel, {attributes: true});
 }"""
+)
 
 
 def moves(found: Any, panel: Any, knob: str = "knob-keep", count: int = 20, gap: float = 0.3, settle: float = 3.0) -> dict[str, list[float]]:
@@ -195,11 +203,14 @@ def hold(found: Any, panel: Any, knob: str = "knob-keep", presses: int = 40, rat
 
 def plain_moves(found: Any, count: int = 20, gap: float = 0.3) -> list[float]:
     """The same for an ipywidgets slider beside an output area: milliseconds from key press to a new picture."""
-    found.evaluate("""() => { const clock = window.plainClock = {pressed: [], drawn: []};
-      const root = document.querySelector('.jp-NotebookPanel');
+    found.evaluate(
+        f"""() => {{ const drawn = {DRAWN};"""
+        + """
+      const clock = window.plainClock = {pressed: [], drawn: []}, root = document.querySelector('.jp-NotebookPanel');
       document.addEventListener('keydown', e => { if (e.key.startsWith('Arrow')) clock.pressed.push(performance.now()); }, true);
       new MutationObserver(ms => { if (ms.some(m => [...m.addedNodes].some(n => n.querySelector && (n.matches('img') || n.querySelector('img')))))
-          requestAnimationFrame(() => clock.drawn.push([0, performance.now()])); }).observe(root, {childList: true, subtree: true}); }""")
+          requestAnimationFrame(() => drawn((t) => clock.drawn.push([0, t]))); }).observe(root, {childList: true, subtree: true}); }"""
+    )
     found.locator(".noUi-handle").first.focus()
     for i in range(count):
         found.keyboard.press("ArrowRight" if i % 20 < 10 else "ArrowLeft")
