@@ -10,6 +10,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from cmlib import house
@@ -316,7 +317,6 @@ def test_durations_read_well():
 
 
 def test_a_failing_cell_is_named_and_the_notebook_stays(tmp_path):
-    nbformat = pytest.importorskip("nbformat")
     from cmlib.house.execute import CellError, execute
 
     def notebook(*cells):

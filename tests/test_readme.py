@@ -25,7 +25,7 @@ def test_the_method_in_ten_lines_runs_and_acts(tmp_path):
     exec(compile(code, str(path), "exec"), names)
     plan = plan_of(names["small"])
     assert sum(p.kept for p in plan.values()) == sum(p.mask.numel() - round(0.8 * p.mask.numel()) for p in plan.values())
-    assert list(names["damped_gradient"].knobs)[0] == "keep" and "power" in names["damped_gradient"].knobs
+    assert next(iter(names["damped_gradient"].knobs)) == "keep" and "power" in names["damped_gradient"].knobs
 
 
 def test_the_five_lines_run(tmp_path, monkeypatch):

@@ -61,8 +61,7 @@ def users_own(python: str) -> Path:
     lacking = ask(found, f"import importlib.util as u; print(*(m for m in {IMPORTS} if not u.find_spec(m)))")
     if lacking:
         raise HouseError(
-            f"CMLIB_PYTHON={python} lacks {lacking}; install there, in {ROOT}: "
-            f"'{found} -m pip install -r requirements.txt -c constraints.txt -e .'"
+            f"CMLIB_PYTHON={python} lacks {lacking}; install there, in {ROOT}: '{found} -m pip install -r requirements.txt -c constraints.txt -e .'"
         )
     return Path(found)
 
