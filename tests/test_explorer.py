@@ -509,12 +509,14 @@ def test_everything_kept_changes_nothing_and_nothing_kept_says_so():
 @pytest.mark.parametrize("net", ["mlp", "cnn"])
 @pytest.mark.parametrize("key", list(catalog()))
 def test_every_method_can_be_explored_to_its_corners(key, net):
-    small = {"where": "fc2" if net == "mlp" else "fc"} if key == "optimal_brain_surgeon" else {}
+    small = {"where": "fc2" if net == "mlp" else "conv1, fc"} if key == "optimal_brain_surgeon" else {}
     panel = digits_panel(key, net, **small)
     sliders = {k["name"] for k in panel.spec["knobs"]}
     with page(panel) as browser:
         for name, knob in panel.method.knobs.items():
             for value in knob.span.points(3):
+                if value == "filter" and small.get("where") == "fc2":
+                    continue  # only the output layer is covered, whose units cannot go
                 state = panel.look({**panel.start, name: value})
                 panel._finish(state, panel.live.answers(state.weights))
                 assert 0 <= state.accuracy <= 1 and state.file_bytes > 0

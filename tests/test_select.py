@@ -18,6 +18,9 @@ def groups(shape, unit):
     at = lambda r, c: r * rest + c  # noqa: E731
     if unit in ("row", "filter"):
         return [[at(r, c) for c in range(rest)] for r in range(out)]
+    if unit == "channel":
+        area = rest // shape[1]
+        return [[at(r, i * area + k) for r in range(out) for k in range(area)] for i in range(shape[1])]
     if unit == "kernel":
         area = rest // shape[1]
         return [[at(r, i * area + k) for k in range(area)] for r in range(out) for i in range(shape[1])]

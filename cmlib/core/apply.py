@@ -9,7 +9,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .evidence import PROVIDERS, Evidence, Loss
+from .channels import Structure, example_of
+from .evidence import CHANNELS, PROVIDERS, Evidence, Loss
 from .inputs import as_input, device_of, sample
 from .knobs import nearest
 from .method import Method, call
 from .packed import Masked, Packed, State, laid_like
-from .select import Masks, Ranking, is_n_of_m, rank
+from .select import Masks, Ranking, is_n_of_m, rank, to_units, to_weights
 
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Plan = dict[str, Packed]
@@ -73,22 +75,36 @@ class Planner:
     """
 
     def __init__(self, model: nn.Module, method: Method, *, where: str = "*", data: Any = None, loss: Loss = F.cross_entropy, samples: int = 512):
-        self.method, self.layers = method, covered(model, where)
+        self.model, self.method, self.layers, self.data = model, method, covered(model, where), data
         self.previous = plan_of(model)
-        self.weights = {n: self.previous[n].dense() if n in self.previous else layer.weight.detach() for n, layer in self.layers.items()}
+        self.weights = self._dense(self.layers)
         _check_finite(self.weights)
-        self._given = self._gather(model, data, loss, samples)
+        asked = [a for a in method.asks if a not in ("w", "training")]
+        if not CHANNELS.isdisjoint(asked):  # such evidence is only of layers whose channels can go
+            self.layers = {n: m for n, m in self.layers.items() if any(n in g.makers for g in self.structure.groups)}
+        self._given = {n: {"w": self.weights[n], "training": False} for n in self.layers}
+        for name in asked:
+            for layer, value in gather(model, self.layers, name, data, loss, samples, method.key).items():
+                self._given[layer][name] = value
         self._scores: tuple[Any, Masks] | None = None
         self._ranking: tuple[Any, Ranking] | None = None
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The channels of the covered layers, for filters that go whole."""
+        return Structure(baked(self.model), example_of(self.model, self.data), self.layers)
 
     def __call__(self, **knobs: Any) -> Plan:
         """The plan {layer: packed} for these knobs. ValueError for a knob that is misspelt or out of range."""
         knobs = self.method.bind(knobs)
         if not self.method.selects:
-            if self.previous:
-                raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it baked(model)")
-            return {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
-        masks = self._masks(knobs)
+            return self._own(knobs)
+        if knobs["threshold"] is not None and is_n_of_m(knobs["unit"]):
+            raise ValueError(f"threshold={knobs['threshold']} does not go with unit={knobs['unit']!r}, which fixes how many of each group stay")
+        ranking = self.ranking(**knobs)
+        if knobs["unit"] == "filter":
+            return self._filters(ranking, knobs)
+        masks = self._still_gone(ranking.at(knobs["keep"]) if knobs["threshold"] is None else ranking.above(knobs["threshold"]))
         return {n: Masked(self._values(n, masks, knobs), m, knobs["storage"]) for n, m in masks.items()}
 
     def ranking(self, **knobs: Any) -> Ranking:
@@ -98,15 +114,40 @@ class Planner:
             self._scores, self._ranking = (own, self._score(own)), None
         key = knobs["unit"], knobs["scope"]
         if self._ranking is None or self._ranking[0] != key:
-            self._ranking = key, rank(self._still_removed(self._scores[1], knobs["unit"]), *key)
+            shapes = {n: self.weights[n].shape for n in self.layers}
+            scores = self._still_last(self._scores[1], shapes, knobs["unit"])
+            if knobs["unit"] == "filter":
+                scores = self.structure.tied({n: to_units(s, "filter", shapes[n]) for n, s in scores.items()})
+                shapes = {n: s.shape for n, s in scores.items()}
+            self._ranking = key, rank(scores, *key, shapes)
         return self._ranking[1]
 
-    def _masks(self, knobs: dict[str, Any]) -> Masks:
-        if knobs["threshold"] is not None and is_n_of_m(knobs["unit"]):
-            raise ValueError(f"threshold={knobs['threshold']} does not go with unit={knobs['unit']!r}, which fixes how many of each group stay")
-        ranking = self.ranking(**knobs)
-        masks = ranking.at(knobs["keep"]) if knobs["threshold"] is None else ranking.above(knobs["threshold"])
+    def _own(self, knobs: dict[str, Any]) -> Plan:
+        """The plan of a method that makes its masks itself."""
+        if self.previous:
+            raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it baked(model)")
+        return {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
+
+    def _filters(self, ranking: Ranking, knobs: dict[str, Any]) -> Plan:
+        """Filters with all that belongs to their channels, in every layer that is tied to a covered one; the network's outputs stay."""
+        kept = ranking.at(knobs["keep"]) if knobs["threshold"] is None else ranking.above(knobs["threshold"])
+        found = self.structure.spread(kept, ranking.scores)
+        weights = self._dense({n: self.model.get_submodule(n) for n in found if n not in self.weights}) | self.weights
+        masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights.items()}
+        masks = self._still_gone(masks | {n: to_weights(rows, "filter", weights[n].shape) for n, (rows, _) in found.items()})
+        values = weights if self.method.repair is None else weights | self._repair(masks, knobs)
+        return {n: Masked(values[n], m, knobs["storage"], vectors=found.get(n, (m, ()))[1]) for n, m in masks.items()}
+
+    def _dense(self, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+        return {n: self.previous[n].dense() if n in self.previous else layer.weight.detach() for n, layer in layers.items()}
+
+    def _still_gone(self, masks: Masks) -> Masks:
         return {n: m & self.previous[n].mask if n in self.previous else m for n, m in masks.items()}
+
+    def _still_last(self, scores: Evidence, shapes: dict[str, torch.Size], unit: str) -> Evidence:
+        """What an earlier plan removed counts for nothing, so it goes first (and stays away)."""
+        least = -torch.inf if unit == "weight" else 0.0
+        return {n: s.expand(shapes[n]).masked_fill(~self.previous[n].mask, least) if n in self.previous else s for n, s in scores.items()}
 
     def _values(self, name: str, masks: Masks, knobs: dict[str, Any]) -> Tensor:
         """The weights that stay: as they are, or rewritten by the method's repair."""
@@ -125,30 +166,19 @@ class Planner:
         flat = call(self.method.repair, {**given, "mask": torch.cat([m.flatten() for m in masks.values()])}, knobs)
         return _apart(flat, self.weights)
 
-    def _score(self, own: dict[str, Any]) -> dict[str, Tensor]:
+    def _score(self, own: dict[str, Any]) -> Evidence:
         scores = self._scored(own)
         for name, s in scores.items():
+            if torch.broadcast_shapes(s.shape, self.weights[name].shape) != self.weights[name].shape:
+                raise RuntimeError(f"{self.method.key}: a score of shape {list(s.shape)} does not broadcast to a weight of {list(self.weights[name].shape)}")
             if s.isnan().any():
                 raise ValueError(f"{self.method.key} scores {int(s.isnan().sum()):,} weights of layer {name} as NaN, which no order can rank")
         return scores
 
-    def _scored(self, own: dict[str, Any]) -> dict[str, Tensor]:
+    def _scored(self, own: dict[str, Any]) -> Evidence:
         if self.method.joint:
             return _apart(call(self.method.fn, _end_to_end(self._given), own), self.weights)
-        return {n: call(self.method.fn, g, own).expand_as(self.weights[n]) for n, g in self._given.items()}
-
-    def _still_removed(self, scores: dict[str, Tensor], unit: str) -> dict[str, Tensor]:
-        """What an earlier plan removed counts for nothing, so it goes first (and stays away: see ``_masks``)."""
-        least = -torch.inf if unit == "weight" else 0.0
-        return {n: s.masked_fill(~self.previous[n].mask, least) if n in self.previous else s for n, s in scores.items()}
-
-    def _gather(self, model: nn.Module, data: Any, loss: Loss, samples: int) -> dict[str, dict[str, Any]]:
-        wanted = [a for a in self.method.asks if a not in ("w", "training")]
-        given = {n: {"w": w, "training": False} for n, w in self.weights.items()}
-        for name in wanted:
-            for layer, value in gather(model, self.layers, name, data, loss, samples, self.method.key).items():
-                given[layer][name] = value
-        return given
+        return {n: call(self.method.fn, g, own) for n, g in self._given.items()}
 
 
 def gather(
@@ -211,7 +241,7 @@ class Attached(nn.Module):
         super().__init__()
         self.method = method if method is not None and method.learns else None
         self.knobs = knobs or {}
-        self.kind = type(packed)
+        self.kind, self.vectors = type(packed), packed.vectors
         self.rest: State = {}
         content = packed.state if self.method else {f.name: getattr(packed, f.name) for f in fields(packed) if f.name != "values"}
         for name, value in content.items():
@@ -232,7 +262,8 @@ class Attached(nn.Module):
         """The packed value that stands for latent weight ``w`` now."""
         if self.method is None:
             return self.kind(values=w, **self.content())
-        return call(self.method.fn, {"w": w, "training": training}, {**self.knobs, "state": self.content()})
+        learned = call(self.method.fn, {"w": w, "training": training}, {**self.knobs, "state": self.content()})
+        return replace(learned, vectors=self.vectors) if self.vectors else learned
 
     def forward(self, w: Tensor) -> Tensor:
         packed = self.packed(w, self.training)
@@ -281,20 +312,86 @@ def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs
         layer.register_forward_hook(local_reparametrization)
 
 
+def attach_plan(model: nn.Module, plan: Plan, method: Method | None = None, knobs: dict[str, Any] | None = None) -> nn.Module:
+    """Attach every packed value of ``plan`` to its layer, and to the vectors that go with its rows; the model itself, changed."""
+    for name, packed in plan.items():
+        layer = model.get_submodule(name)
+        attach(layer, packed, method, knobs)
+        for vector, start in packed.vectors:
+            owner, _, parameter = vector.rpartition(".")
+            _hold(model.get_submodule(owner), parameter, Held(layer, start))
+    return model
+
+
+class Held(nn.Module):
+    """Holds a bias or a batch norm's parameter at zero where the filters that it belongs to are gone (a torch parametrization).
+
+    While a method still learns which filters go, the vector is left alone in training, so that a filter can come back.
+    """
+
+    def __init__(self, layer: nn.Module, start: int) -> None:
+        super().__init__()
+        self.of, self.start = (layer,), start  # in a tuple: the layer is not a part of this module
+
+    def forward(self, v: Tensor) -> Tensor:
+        layer = self.of[0]
+        between = next(p for p in layer.parametrizations.weight if isinstance(p, Attached))
+        if between.method is not None and self.training:
+            return v
+        with torch.no_grad():
+            rows = between.packed(latent(layer)).rows
+        stays = torch.ones_like(v, dtype=torch.bool)
+        stays[self.start : self.start + len(rows)] = rows
+        return torch.where(stays, v, 0.0)
+
+
+def _hold(owner: nn.Module, parameter: str, held: Held) -> None:
+    there = owner.parametrizations[parameter] if parametrize.is_parametrized(owner, parameter) else ()
+    if not any(isinstance(p, Held) and p.of[0] is held.of[0] for p in there):
+        parametrize.register_parametrization(owner, parameter, held.train(owner.training))
+
+
 def detach(layer: nn.Module) -> None:
     """Make the weight that the layer computes with its plain parameter again."""
-    if parametrize.is_parametrized(layer, "weight"):
-        layer.parametrizations.eval()
-        cls = type(layer)  # torch takes the weight off the class, which a deep copy shares with its original
-        layer.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        for key in [k for k, hook in layer._forward_hooks.items() if hook is local_reparametrization]:
-            del layer._forward_hooks[key]
+    _plain(layer, "weight")
+    for key in [k for k, hook in layer._forward_hooks.items() if hook is local_reparametrization]:
+        del layer._forward_hooks[key]
+
+
+def _plain(owner: nn.Module, parameter: str) -> None:
+    if parametrize.is_parametrized(owner, parameter):
+        owner.parametrizations.eval()
+        cls = type(owner)  # torch takes the parameter off the class, which a deep copy shares with its original
+        owner.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+        parametrize.remove_parametrizations(owner, parameter, leave_parametrized=True)
+
+
+def substituted(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Every parameter of a plain ``model`` that ``plan`` changes, by name, as the compressed network computes with it."""
+    with torch.no_grad():
+        found = {f"{name}.weight": packed.dense() for name, packed in plan.items()}
+        for packed in plan.values():
+            for name, start in packed.vectors:
+                v = found.get(name, model.get_parameter(name)).clone()
+                v[start : start + len(packed.rows)] *= packed.rows.to(v)
+                found[name] = v
+    return found
+
+
+def held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(module's name, the module, the parameter's name) of every vector that is held with the filters of some layer."""
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for parameter, chain in module.parametrizations.items():
+                if any(isinstance(p, Held) for p in chain):
+                    yield name, module, parameter
 
 
 def baked(model: nn.Module) -> nn.Module:
     """A copy with plain weights: the same outputs, nothing attached, nothing left to work out on a forward pass."""
     copy = deepcopy(model).eval()
+    for _, owner, parameter in list(held(copy)):  # first: what they hold follows the layers' masks
+        _plain(owner, parameter)
     for _, layer, _ in list(attached(copy)):
         detach(layer)
     return copy

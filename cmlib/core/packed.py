@@ -33,7 +33,8 @@ class Masked:
     """Weights of which some are removed: ``values`` where ``mask``, zero elsewhere.
 
     ``storage`` is dense, bitmap, csr, relative, or auto for the smallest. ``straight`` lets the gradient reach removed weights as if they
-    were there (the straight-through line), so that they can come back. ``state`` is what the method learns or remembers.
+    were there (the straight-through line), so that they can come back. ``state`` is what the method learns or remembers. ``vectors`` are
+    parameters whose entries belong to the rows and go with them (bias, batch norm): (name, where the rows begin in it).
     """
 
     values: Tensor
@@ -41,6 +42,7 @@ class Masked:
     storage: str = "auto"
     straight: bool = False
     state: State = field(default_factory=dict)
+    vectors: tuple[tuple[str, int], ...] = ()
 
     def through(self, w: Tensor) -> Tensor:
         kept = torch.where(self.mask, w, torch.zeros((), dtype=w.dtype, device=w.device))
@@ -54,6 +56,11 @@ class Masked:
     def places(self) -> np.ndarray:
         """The flat indices of the weights that stay, rising."""
         return np.flatnonzero(self.mask.cpu().numpy())
+
+    @property
+    def rows(self) -> Tensor:
+        """Which outputs still have a weight, (out,)."""
+        return self.mask.flatten(1).any(1)
 
     @property
     def kept(self) -> int:
@@ -80,7 +87,10 @@ class Masked:
 
     def meta(self) -> dict[str, Any]:
         """What the file's header says of this tensor."""
-        return {"type": "masked", "storage": self.format(), "shape": list(self.mask.shape), **self._encoded()[1]}
+        return {"type": "masked", "storage": self.format(), "shape": list(self.mask.shape), **self._vectors(), **self._encoded()[1]}
+
+    def _vectors(self) -> dict[str, Any]:
+        return {"vectors": [list(v) for v in self.vectors]} if self.vectors else {}
 
     def _encoded(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         values = self.dense().detach().cpu().contiguous().numpy()
@@ -89,7 +99,7 @@ class Masked:
     @classmethod
     def decode(cls, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Masked:
         values, mask = storage.decode(arrays, meta["storage"], tuple(meta["shape"]), meta.get("k", 0))
-        return cls(torch.from_numpy(values.copy()), torch.from_numpy(mask), meta["storage"])
+        return cls(torch.from_numpy(values.copy()), torch.from_numpy(mask), meta["storage"], vectors=tuple((n, i) for n, i in meta.get("vectors", ())))
 
     def frozen(self) -> Masked:
         """The same with nothing left to learn: a copy, detached, without state."""

@@ -1,8 +1,9 @@
 """From scores to masks: what a unit is, which units compete with one another, and how many stay.
 
-A unit is what is removed whole: a single weight, a row of the weight matrix (an output neuron; of a convolution, a filter), a 2-D
-kernel, a block, or n weights of every m. Its score is the sum of its weights' scores. ``scope`` says whether units compete within
-their layer or across the whole network. The same numbers always give the same mask, and masks are nested in ``keep``.
+A unit is what is removed whole: a single weight, a row of the weight matrix (an output neuron), a filter (a row with all that belongs to its
+channel: see ``channels``), an input channel, a 2-D kernel, a block, or n weights of every m. Its score is the sum of its weights' scores, or what
+the method says of it where the method scores filters. ``scope`` says whether units compete within their layer or across the whole network. The same
+numbers always give the same mask, and masks are nested in ``keep``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .knobs import Keep, Pick, Threshold
 
-Units = Annotated[str, Pick("weight", "row", "filter", "kernel", "block:4x4", "block:8x8", "2:4", "1:4", "4:8")]
+Units = Annotated[str, Pick("weight", "row", "filter", "channel", "kernel", "block:4x4", "block:8x8", "2:4", "1:4", "4:8")]
 Scope = Annotated[str, Pick("layer", "network")]
 Storage = Annotated[str, Pick("auto", "dense", "bitmap", "csr", "relative")]
 Scores = dict[str, Tensor]
@@ -42,10 +43,6 @@ def _order(flat: Tensor) -> Tensor:
     return rank
 
 
-def _rows(s: Tensor) -> Tensor:
-    return s.flatten(1).sum(1)
-
-
 def _kernels(s: Tensor) -> Tensor:
     return s.flatten(2).sum(2) if s.dim() > 2 else s
 
@@ -57,10 +54,14 @@ def _blocks(s: Tensor, height: int, width: int) -> Tensor:
     return m.unflatten(1, (-1, width)).unflatten(0, (-1, height)).sum((1, 3))
 
 
-def to_units(s: Tensor, unit: str) -> Tensor:
-    """Scores of units from scores of weights."""
+def to_units(s: Tensor, unit: str, shape: torch.Size | None = None) -> Tensor:
+    """Scores of units from scores that broadcast to a weight of ``shape`` (their own, if not given)."""
+    shape = shape or s.shape
     if unit in ("row", "filter"):
-        return _rows(s)
+        return s.flatten() if s.numel() == shape[0] else s.expand(shape).flatten(1).sum(1)
+    s = s.expand(shape)
+    if unit == "channel":
+        return s.transpose(0, 1).flatten(1).sum(1)
     if unit == "kernel":
         return _kernels(s)
     if unit.startswith("block:"):
@@ -74,6 +75,8 @@ def to_weights(kept: Tensor, unit: str, shape: torch.Size) -> Tensor:
         height, width = _pair(unit)
         rows, columns = shape[0], shape.numel() // shape[0]
         return kept.repeat_interleave(height, 0).repeat_interleave(width, 1)[:rows, :columns].reshape(shape)
+    if unit == "channel":
+        return kept.reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape)
     return kept.reshape(*kept.shape, *[1] * (len(shape) - kept.dim())).expand(shape)
 
 
@@ -99,7 +102,8 @@ def n_of_m(s: Tensor, n: int, m: int) -> Tensor:
 class Ranking:
     """Units put in order once; every ``keep`` and ``threshold`` is then a comparison."""
 
-    scores: Scores  # of weights, each of its weight's shape
+    scores: Scores  # each broadcasts to its weight
+    shapes: dict[str, torch.Size]  # of the weights
     unit: str
     scope: str
     ranks: dict[str, Tensor]  # of units; across the network where that is the scope
@@ -108,29 +112,30 @@ class Ranking:
     def at(self, keep: float) -> Masks:
         """Masks that keep ``keep`` of the units of each scope."""
         if is_n_of_m(self.unit):
-            return {name: n_of_m(s, *_pair(self.unit)) for name, s in self.scores.items()}
+            return {name: n_of_m(s.expand(self.shapes[name]), *_pair(self.unit)) for name, s in self.scores.items()}
         return self._masks(lambda name: self.ranks[name] < self.total[name] - removed(self.total[name], keep))
 
     def above(self, threshold: float) -> Masks:
         """Masks of the units whose score is at least ``threshold``."""
-        return self._masks(lambda name: to_units(self.scores[name], self.unit) >= threshold)
+        return self._masks(lambda name: to_units(self.scores[name], self.unit, self.shapes[name]) >= threshold)
 
     def _masks(self, kept: Callable[[str], Tensor]) -> Masks:
-        return {name: to_weights(kept(name), self.unit, s.shape) for name, s in self.scores.items()}
+        return {name: to_weights(kept(name), self.unit, shape) for name, shape in self.shapes.items()}
 
 
-def rank(scores: Scores, unit: str = "weight", scope: str = "layer") -> Ranking:
-    """Put the units of ``scores`` ({layer: tensor of its weight's shape}) in order."""
-    units = {name: to_units(s, unit) for name, s in scores.items()}
+def rank(scores: Scores, unit: str = "weight", scope: str = "layer", shapes: dict[str, torch.Size] | None = None) -> Ranking:
+    """Put the units of ``scores`` ({layer: tensor that broadcasts to its weight of ``shapes``}, or of its weight's shape) in order."""
+    shapes = shapes or {name: s.shape for name, s in scores.items()}
     if is_n_of_m(unit):
-        return Ranking(scores, unit, scope, {}, {})
+        return Ranking(scores, shapes, unit, scope, {}, {})
+    units = {name: to_units(s, unit, shapes[name]) for name, s in scores.items()}
     if scope == "network":
         flat = _order(torch.cat([u.flatten() for u in units.values()]))
         parts = flat.split([u.numel() for u in units.values()])
         ranks = {name: part.reshape(u.shape) for (name, u), part in zip(units.items(), parts, strict=True)}
-        return Ranking(scores, unit, scope, ranks, dict.fromkeys(units, len(flat)))
+        return Ranking(scores, shapes, unit, scope, ranks, dict.fromkeys(units, len(flat)))
     ranks = {name: _order(u.flatten()).reshape(u.shape) for name, u in units.items()}
-    return Ranking(scores, unit, scope, ranks, {name: u.numel() for name, u in units.items()})
+    return Ranking(scores, shapes, unit, scope, ranks, {name: u.numel() for name, u in units.items()})
 
 
 def select(scores: Scores | Tensor, keep: float = 0.1, *, threshold: float | None = None, unit: str = "weight", scope: str = "layer"):

@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Plan, attach, attached, plan_of, weighted
+from ..core.apply import Plan, attach_plan, attached, held, plan_of, weighted
 from ..core.packed import TYPES, Packed
 from .zoo import build, write
 
@@ -78,8 +78,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         header, tensors = _read(path)
         target = into if into is not None else _build(header["net"])
         plan, state = _fit(target, header["layers"], tensors)
-    for layer, packed in plan.items():
-        attach(target.get_submodule(layer), packed)
+    attach_plan(target, plan)
     with torch.no_grad():
         for name, tensor in _state(target, plan).items():
             tensor.copy_(state[name])
@@ -134,8 +133,10 @@ def _state(model: nn.Module, packed: Iterable[str] = ()) -> Tensors:
     """All state but the weights of the ``packed`` layers, live, each tensor once under its first name."""
     again = {n for n, _ in model.named_modules(remove_duplicate=False)} - {n for n, _ in model.named_modules()}
     weights, behind = {f"{n}.weight" for n in packed}, {f"{n}.parametrizations.weight" for n in packed}
+    plain = {f"{n}.parametrizations.{p}.original": f"{n}.{p}" for n, _, p in held(model)}
     found, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
+        name = plain.get(name, name)
         owner = name.rpartition(".")[0]
         if name in weights or owner in behind or owner in again or any(owner.startswith(b + ".") for b in behind | again):
             continue
@@ -206,6 +207,8 @@ def _fit(target: nn.Module, layers: dict[str, Any], tensors: Tensors) -> tuple[P
     here = weighted(target)
     _need(set(layers) <= set(here), f"the network has no layer {_some(set(layers) - set(here))} to compress")
     plan = {n: _unpack(n, meta, _arrays(n, tensors), here[n].weight) for n, meta in layers.items()}
+    for name, packed in plan.items():
+        _check_vectors(target, name, packed)
     state = {n: t for n, t in tensors.items() if not any(n.startswith(f"{layer}.weight|") for layer in layers)}
     found, wanted = _kinds(state), _kinds(_state(target, plan))
     _need(not wanted.keys() - found.keys(), f"it lacks {_some(wanted.keys() - found.keys())}, which the network has")
@@ -232,6 +235,14 @@ def _unpack(layer: str, meta: Any, arrays: Tensors, weight: Tensor) -> Packed:
     found = tuple(packed.dense().shape), packed.dense().dtype
     _need(found == (tuple(weight.shape), weight.dtype), f"layer {layer} holds {_kind(found)} where the network has {weight.dtype}")
     return packed
+
+
+def _check_vectors(target: nn.Module, layer: str, packed: Packed) -> None:
+    """Whether the vectors that a layer says go with its rows are there, and long enough."""
+    known = dict(target.named_parameters())
+    for name, start in packed.vectors:
+        fits = name in known and known[name].dim() == 1 and start + len(packed.rows) <= len(known[name])
+        _need(fits, f"layer {layer} says that {name} goes with its rows, which the network does not have like that")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.apply import Plan, Planner, attach
+from ..core.apply import Plan, Planner, attach_plan
 from ..core.evidence import Loss
 from ..core.method import Method
 from ..methods import find
@@ -36,7 +36,4 @@ def compress(
     """
     method = find(method)
     made = plan(model, method, where=where, data=data, loss=loss, samples=samples, **knobs)
-    copy = deepcopy(model)
-    for name, packed in made.items():
-        attach(copy.get_submodule(name), packed, method, method.bind(knobs))
-    return copy
+    return attach_plan(deepcopy(model), made, method, method.bind(knobs))

@@ -58,7 +58,7 @@ def build(net: str, data: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = NETS[net](shapes[data]).to(memory_format=torch.channels_last)
-    model.source = {"net": net, "data": data, "seed": seed}
+    model.source, model.input_shape = {"net": net, "data": data, "seed": seed}, shapes[data]
     return model.eval()
 
 

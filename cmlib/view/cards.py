@@ -130,7 +130,7 @@ def feature_maps(model: nn.Module, layer: str, x: Tensor, weights: dict[str, Ten
     handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: seen.append(o))
     try:
         with torch.no_grad():
-            torch.func.functional_call(model, {f"{n}.weight": w for n, w in weights.items()}, (x,))
+            torch.func.functional_call(model, weights, (x,))
     finally:
         handle.remove()
     return seen[0][0, :UNITS].cpu() if seen and seen[0].dim() == 4 else None

@@ -60,6 +60,7 @@ class Live:
 
     def __init__(self, model: nn.Module, data: Any, *, batch: int = 125, part: str = "validation") -> None:
         self.model, self.lock = baked(model), threading.Lock()
+        self.parameters = {n for n, _ in self.model.named_parameters()}
         images, labels = pair_of(data, part)
         self.order = stratified(labels, len(labels))
         self.images, self.labels = images[self.order], labels[self.order]
@@ -73,7 +74,7 @@ class Live:
         self.dense = self.answers({})
 
     def tail(self, weights: dict[str, Tensor]) -> tuple[nn.Module, list[Tensor]]:
-        """The part of the network from the first changed layer on, and the kept activations that go into it."""
+        """The part of the network from the first changed parameter on, and the kept activations that go into it."""
         names = {name.split(".")[0] for name in weights}
         first = next((i for i, (name, _) in enumerate(self.stages) if name in names), 0)
         if first not in self.starts:
@@ -83,10 +84,10 @@ class Live:
         return (nn.Sequential(OrderedDict(self.stages[first:])) if first else self.model), self.starts[first]
 
     def batches(self, weights: dict[str, Tensor]) -> Iterator[Tensor]:
-        """The answers (classes) of the network with ``weights`` ({layer: its weight}) in place, a batch of images at a time."""
+        """The answers (classes) of the network with ``weights`` ({layer, or parameter: tensor}) in place, a batch of images at a time."""
         model, inputs = self.tail(weights)
         model.eval()
-        parameters = {f"{layer}.weight": w for layer, w in weights.items()}
+        parameters = {n if n in self.parameters else f"{n}.weight": w for n, w in weights.items()}
         for x in inputs:
             with self.lock, torch.no_grad():  # functional_call swaps parameters inside the one model
                 answers = functional_call(model, parameters, (x,)).argmax(1).cpu()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Plan, Planner, attach, baked, plan_of
+from ..core.apply import Plan, Planner, attach_plan, baked, plan_of
 from ..core.method import Method
 from ..lab.data import Data
 from ..lab.files import length, save, sizes
@@ -79,7 +79,7 @@ class Walk:
 
     def _state(self, knobs: dict[str, Any], plan: Plan, **more: Any) -> State:
         packed = sum(p.bits() for p in plan.values()) // 8
-        return State(knobs, plan, packed, packed + self.rest_bytes + self.header_bytes, source=self.source, **more)
+        return State(knobs, plan, self.live.model, packed, packed + self.rest_bytes + self.header_bytes, source=self.source, **more)
 
     def trained(self, state: State, net: nn.Module, training: dict[str, Any]) -> State:
         """The state that training made of ``state``, measured; ``net`` is the trained network. The point joins the path."""
@@ -192,10 +192,7 @@ class Walk:
     def model(self, state: State | None = None) -> nn.Module:
         """A copy of the network with the state's plan attached: what ``line`` would make."""
         state = state or self.state
-        copy = deepcopy(state.net or self.net)
-        for name, packed in state.plan.items():
-            attach(copy.get_submodule(name), packed, None if state.net else self.method, state.knobs)
-        return copy
+        return attach_plan(deepcopy(state.net or self.net), state.plan, None if state.net else self.method, state.knobs)
 
     def flips(self, state: State) -> tuple[dict[str, Any], bytes]:
         """The images whose answer just changed from right to wrong against the dense network."""

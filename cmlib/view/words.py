@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..core.apply import Plan
+from ..core.apply import Plan, substituted
 from ..core.knobs import Knob, Span
 from ..core.select import is_n_of_m
 from ..lab.measure import Row
@@ -42,6 +41,7 @@ class State:
 
     knobs: dict[str, Any]
     plan: Plan
+    given: nn.Module  # the plain network that the plan acts on
     packed_bytes: int  # of the covered weights, as stored
     file_bytes: int
     estimate: Estimate | None = None
@@ -56,9 +56,8 @@ class State:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The weights that the plan puts in place."""
-        with torch.no_grad():
-            return {name: packed.dense() for name, packed in self.plan.items()}
+        """The parameters that the plan puts in place, by name."""
+        return substituted(self.given, self.plan)
 
     def step(self) -> Step:
         """What the path remembers of it."""
