@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cmlib.core.evidence import PROVIDERS
+from cmlib.core.apply import PROVIDERS
 from cmlib.core.knobs import Keep, Pick, Span, Steps, knobs_of, nearest
 from cmlib.core.laws import UNITS
 from cmlib.core.method import call, score

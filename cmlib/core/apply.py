@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
@@ -18,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .channel_evidence import CHANNEL_PROVIDERS, into_reader, reader_of
 from .channels import Structure, example_of
-from .evidence import CHANNELS, PROVIDERS, Evidence, Loss
+from .evidence import PROVIDERS as LAYER_PROVIDERS
+from .evidence import Evidence, Loss
 from .inputs import as_input, device_of, sample
 from .knobs import nearest
 from .method import Method, call
@@ -28,6 +31,7 @@ from .select import Masks, Ranking, is_n_of_m, rank, to_units, to_weights
 
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Plan = dict[str, Packed]
+PROVIDERS = LAYER_PROVIDERS | CHANNEL_PROVIDERS
 
 
 def weighted(model: nn.Module) -> dict[str, nn.Module]:
@@ -79,13 +83,11 @@ class Planner:
         self.previous = plan_of(model)
         self.weights = self._dense(self.layers)
         _check_finite(self.weights)
-        asked = [a for a in method.asks if a not in ("w", "training")]
-        if not CHANNELS.isdisjoint(asked):  # such evidence is only of layers whose channels can go
-            self.layers = {n: m for n, m in self.layers.items() if any(n in g.makers for g in self.structure.groups)}
         self._given = {n: {"w": self.weights[n], "training": False} for n in self.layers}
-        for name in asked:
-            for layer, value in gather(model, self.layers, name, data, loss, samples, method.key).items():
-                self._given[layer][name] = value
+        for name in (a for a in method.asks if a not in ("w", "training")):
+            found = gather(model, self.layers, name, data, loss, samples, method.key)
+            self.layers = {n: m for n, m in self.layers.items() if n in found}  # evidence of channels is not of every layer
+            self._given = {n: {**self._given[n], name: found[n]} for n in self.layers}
         self._scores: tuple[Any, Masks] | None = None
         self._ranking: tuple[Any, Ranking] | None = None
 
@@ -136,7 +138,18 @@ class Planner:
         masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights.items()}
         masks = self._still_gone(masks | {n: to_weights(rows, "filter", weights[n].shape) for n, (rows, _) in found.items()})
         values = weights if self.method.repair is None else weights | self._repair(masks, knobs)
-        return {n: Masked(values[n], m, knobs["storage"], vectors=found.get(n, (m, ()))[1]) for n, m in masks.items()}
+        plan = {n: Masked(values[n], m, knobs["storage"], vectors=found.get(n, (m, ()))[1]) for n, m in masks.items()}
+        return plan if self.method.rebuild is None else self._rebuilt(plan, knobs)
+
+    def _rebuilt(self, plan: Plan, knobs: dict[str, Any]) -> Plan:
+        """The plan with the next layers' weights rebuilt for the channels that stay."""
+        for group in self.structure.groups:
+            reader, places = reader_of(group, self.model)
+            values = plan[reader].values if reader in plan else self._dense({reader: self.model.get_submodule(reader)})[reader]
+            given = {**self._given[group.first], "rows": plan[group.first].rows}
+            values = into_reader(values, places, call(self.method.rebuild, given, knobs))
+            plan[reader] = replace(plan[reader], values=values) if reader in plan else Masked(values, torch.ones_like(values, dtype=torch.bool))
+        return plan
 
     def _dense(self, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
         return {n: self.previous[n].dense() if n in self.previous else layer.weight.detach() for n, layer in layers.items()}
@@ -203,7 +216,9 @@ def gather(
             p.requires_grad_(False)
         for module, mode in modes:
             module.training = mode
-    if idle := [n for n in layers if n not in found]:
+    if name in CHANNEL_PROVIDERS and not found:
+        raise ValueError(f"{owner} asks for {name} ({PROVIDERS[name].__doc__.splitlines()[0]}), which none of {', '.join(layers)} has; see where=...")
+    if name not in CHANNEL_PROVIDERS and (idle := [n for n in layers if n not in found]):
         raise ValueError(f"layer {idle[0]} takes no part in the forward pass, so it has no {name}; leave it out with where=...")
     return {n: v.detach() for n, v in found.items()}
 
@@ -234,7 +249,7 @@ class Attached(nn.Module):
     """What stands between a layer's latent weight and the weight that it computes with (a torch parametrization).
 
     A frozen packed value holds its tensors as buffers. A method that learns is asked again on every training forward with its state:
-    float tensors are parameters, the rest buffers or plain numbers.
+    what it gives as nn.Parameter learns with the weights, other tensors are buffers, the rest plain numbers.
     """
 
     def __init__(self, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
@@ -248,7 +263,7 @@ class Attached(nn.Module):
             self._hold(name, value)
 
     def _hold(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, nn.Parameter):
             self.register_parameter(name, nn.Parameter(value.detach().clone()))
         elif isinstance(value, Tensor):
             self.register_buffer(name, value.detach().clone())
@@ -273,8 +288,8 @@ class Attached(nn.Module):
 
     def _remember(self, state: State) -> None:
         for name, value in state.items():
-            if isinstance(value, Tensor) and not value.is_floating_point():
-                getattr(self, name).copy_(value)
+            if isinstance(value, Tensor) and name in self._buffers:
+                getattr(self, name).copy_(value.detach())
             elif not isinstance(value, Tensor):
                 self.rest[name] = value
 
@@ -422,15 +437,16 @@ class Hook:
     after: Callable[[nn.Module, torch.optim.Optimizer], None] = lambda model, rule: None
 
 
-def attached_hooks(model: nn.Module) -> list[Hook]:
-    """The projections that attached methods ask for after each step."""
-    layers = [(layer, a) for _, layer, a in attached(model) if a.method is not None and a.method.training.project]
+def attached_hooks(model: nn.Module, epoch: int = 1) -> list[Hook]:
+    """The projections that attached methods ask for after each step, ``epoch`` of which make an epoch."""
+    steps, layers = itertools.count(1), [(layer, a) for _, layer, a in attached(model) if a.method is not None and a.method.training.project]
 
     def project(_: nn.Module, rule: torch.optim.Optimizer) -> None:
+        available = {"lr": rule.param_groups[0]["lr"], "epoch_ends": next(steps) % epoch == 0}
         with torch.no_grad():
             for layer, a in layers:
                 w = latent(layer)
-                w.copy_(call(a.method.training.project, {"w": w, "lr": rule.param_groups[0]["lr"]}, a.knobs))
+                w.copy_(call(a.method.training.project, {"w": w, **available}, a.knobs))
 
     return [Hook(after=project)] if layers else []
 

@@ -85,8 +85,6 @@ def acts_gram(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss
 
 PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in (grad, hess_diag, hess_rows, acts_gram)}
 
-CHANNELS = {"bn_gamma", "zeros", "flow", "next_acts_in", "next_w"}  # evidence of channels that can go, one number or row each
-
 
 @contextmanager
 def _watched(layers: Layers) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:

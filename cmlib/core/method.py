@@ -26,7 +26,7 @@ class Training:
     """What a method wants of training, besides its forward pass; every part may be left out.
 
     ``penalty(packed, [examples, progress], **knobs)``: a scalar added to the task's mean loss; ``examples`` is the number of
-    training examples, ``progress`` goes from 0 to 1. ``project(w, lr, **knobs)``: the weight after each optimizer step.
+    training examples, ``progress`` goes from 0 to 1. ``project(w, [lr, epoch_ends], **knobs)``: the weight after each optimizer step.
     ``variance(packed)``: the weight's variance, sampled at the pre-activations (local reparameterization).
     """
 
@@ -40,7 +40,7 @@ class Method:
     """A compression method: its function, its kind, its source, and how the shared parts should treat it.
 
     ``joint``: the function sees all covered weights laid end to end as one vector. ``repair(w, mask, <evidence>, **knobs)`` rewrites
-    the weights that stay. ``training`` is what it wants of training. ``exempt`` names laws that it cannot meet, with the reason.
+    the weights that stay; ``rebuild(rows, <evidence>, **knobs)`` gives the next layer's weight, shaped as ``next_w``, for the channels ``rows`` that stay. ``training`` is what it wants of training. ``exempt`` names laws that it cannot meet, with the reason.
     """
 
     fn: Callable
@@ -49,6 +49,7 @@ class Method:
     chapter: str
     joint: bool = False
     repair: Callable | None = None
+    rebuild: Callable | None = None
     training: Training = Training()
     defaults: dict[str, Any] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
@@ -104,7 +105,7 @@ class Method:
 
 def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
     def decorator(paper: str, *, chapter: str, **how: Any) -> Callable[[Callable], Method]:
-        settings = {k: how.pop(k) for k in ("joint", "repair", "training", "exempt") if k in how}
+        settings = {k: how.pop(k) for k in ("joint", "repair", "rebuild", "training", "exempt") if k in how}
         return lambda fn: Method(fn, kind, paper, chapter, defaults=how, **settings)
 
     decorator.__name__ = kind

@@ -7,7 +7,8 @@ The file is a safetensors container (a JSON header, then the arrays, nothing exe
     the rest     the arrays end to end, with no gap
 
 ``text`` is JSON too, with sorted keys: ``format`` (1), ``net`` (network, data set and seed of one of the kit's networks, or null),
-``layers`` ({layer: what its packed value says of itself: type, storage, shape, ...}) and ``sha256`` (over this JSON without that field
+``layers`` ({layer: what its packed value says of itself: type, storage, shape, ...}), ``widths`` ({module: its numbers of channels} where
+channels were removed for real) and ``sha256`` (over this JSON without that field
 and, sorted by name, every array's name, dtype, shape and bytes). The packed arrays of a layer are called ``layer.weight|values``,
 ``layer.weight|bitmap`` and so on; all other state (biases, batch norm, weights of layers that are not compressed) has its plain name
 and is stored dense, once where two names share it.
@@ -21,6 +22,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.apply import Plan, attach_plan, attached, held, plan_of, weighted
+from ..core.bake import narrowed, widths
 from ..core.packed import TYPES, Packed
 from .zoo import build, write
 
@@ -61,6 +64,7 @@ def _encoded(model: nn.Module, plan: Plan) -> bytes:
     for layer, packed in plan.items():
         tensors |= {f"{layer}.weight|{n}": torch.from_numpy(a) for n, a in packed.arrays().items()}
     header = {"format": FORMAT, "net": _source(model, plan), "layers": {layer: p.meta() for layer, p in plan.items()}}
+    header["widths"] = getattr(model, "widths", {})
     header["sha256"] = _digest(header, tensors)
     return safetensors.torch.save(tensors, {"cmlib": _dump(header)})
 
@@ -77,7 +81,10 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     with _about(path, "loaded"):
         header, tensors = _read(path)
         target = into if into is not None else _build(header["net"])
-        plan, state = _fit(target, header["layers"], tensors)
+        narrow = _narrow(target, header.get("widths", {}))
+        plan, state = _fit(narrow, header["layers"], tensors)
+    if narrow is not target:
+        narrowed(target, header["widths"])
     attach_plan(target, plan)
     with torch.no_grad():
         for name, tensor in _state(target, plan).items():
@@ -153,7 +160,7 @@ def _source(model: nn.Module, plan: Plan) -> dict[str, Any] | None:
     if not (isinstance(source, dict) and set(source) == {"net", "data", "seed"}):
         return None
     with torch.device("meta"):
-        fresh = build(**source)
+        fresh = narrowed(build(**source), getattr(model, "widths", {}))
     same = _kinds(_state(fresh, plan)) == _kinds(_state(model, plan))
     same &= all(n in weighted(fresh) and fresh.get_submodule(n).weight.shape == p.dense().shape for n, p in plan.items())
     return dict(source) if same else None
@@ -194,6 +201,19 @@ def _build(net: Any) -> nn.Module:
     known = isinstance(net, dict) and set(net) == {"net", "data", "seed"} and isinstance(net["seed"], int)
     _need(known, f"its header names no network: {net!r}")
     return build(**net)
+
+
+def _narrow(target: nn.Module, asked: Any) -> nn.Module:
+    """``target``, or where channels were removed a copy of it as narrow as the file says; what it says is held against ``target`` first."""
+    if not asked:
+        return target
+    here = widths(target)
+    fits = isinstance(asked, dict) and all(
+        n in here and isinstance(w, dict) and w.keys() == here[n].keys() and all(isinstance(v, int) and 1 <= v <= here[n][k] for k, v in w.items())
+        for n, w in asked.items()
+    )
+    _need(fits, "it was saved with channels removed that the network does not have")
+    return narrowed(deepcopy(target), asked)
 
 
 def _arrays(layer: str, tensors: Tensors) -> Tensors:

@@ -116,7 +116,7 @@ def fit(
     steps = -(-len(labels) // batch)
     step_rule = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
     rate = _rate(step_rule, schedule, max(1, epochs * steps))
-    hooks = [*hooks, *attached_hooks(model)]
+    hooks = [*hooks, *attached_hooks(model, steps)]
     draw = torch.Generator().manual_seed(seed)
     done, best, started = Fit(), None, time.perf_counter()
     was_training = model.training

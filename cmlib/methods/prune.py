@@ -260,7 +260,7 @@ def sparse_variational_dropout(
     alpha passes ``threshold`` the weight is noise alone and goes (survey 001, 2.1.1 [30]). The noise is sampled at the pre-activations.
     ``log_sigma2`` is where the noise starts; ``warmup`` is the share of training over which the KL term grows to ``kl_weight``.
     """
-    state = state or {"log_sigma2": torch.full_like(w, log_sigma2)}
+    state = state or {"log_sigma2": torch.nn.Parameter(torch.full_like(w, log_sigma2))}
     stays = _log_alpha(w, state["log_sigma2"]) < threshold
     return Masked(w, torch.ones_like(stays) if training else stays, state=state)
 
@@ -308,7 +308,7 @@ def l0_hard_concrete(
     """
     if state is None:
         first = math.log(start / (1 - start + 1e-3)) + beta * math.log(-gamma / zeta)
-        state = {"log_alpha": torch.full(GATES[group](w.shape), first, dtype=w.dtype, device=w.device)}
+        state = {"log_alpha": torch.nn.Parameter(torch.full(GATES[group](w.shape), first, dtype=w.dtype, device=w.device))}
     u = torch.rand_like(state["log_alpha"]).clamp(1e-6, 1 - 1e-6) if training else None
     z = hard_concrete(state["log_alpha"], u, beta, gamma, zeta).expand_as(w)
     return Masked(w * z, z > 0, state=state)

@@ -1,0 +1,171 @@
+"""Evidence of channels that can go: their batch norms, their maps behind the activation, and what the next layer makes of them.
+
+Providers as in ``evidence``; each answers, with an entry a channel, for those covered layers whose channels can go (``channels.groups``) and that
+have what is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .channels import Group, groups
+from .evidence import CHUNK, Evidence, Layers, Loss, _patches, _watched
+
+RELUS = {F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.hardtanh, F.hardtanh_}
+POSITIONS = 10  # places of a map that are looked at in each image (He et al. 2017 and Luo et al. 2017 sample so)
+
+
+def bn_gamma(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """Scales of the batch norms behind each channel, (norms, channels)."""
+    found = {}
+    for name, group in _groups(model, layers, x):
+        scales = [model.get_submodule(n).weight[start : start + group.count] for n, start in group.norms.items() if model.get_submodule(n).affine]
+        if scales:
+            found[name] = torch.stack(scales)
+    return found
+
+
+def zeros(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """Share of zeros of each channel behind its ReLU, over images and positions, (channels,); an exact ratio of counts."""
+    count: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+    with torch.no_grad():
+        for xs in x.split(CHUNK):
+            for name, maps in _maps(model, layers, xs).items():
+                for a in maps.relu:
+                    count[name] = count.get(name, 0) + (a == 0).transpose(0, 1).flatten(1).sum(1)
+                    seen[name] = seen.get(name, 0) + a.numel() // a.shape[1]
+    return {name: c.double() / seen[name] for name, c in count.items()}
+
+
+def flow(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """mean over examples of |mean over positions of z dC/dz|, z each channel's map behind its activation, C the example's loss, (channels,)."""
+    total: Evidence = {}
+    for xs, ys in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        found = _maps(model, layers, xs)
+        maps = [(name, z) for name, m in found.items() for z in m.relu or m.made]
+        cost = loss(next(iter(found.values())).output, ys) * len(xs)
+        products: dict[str, list[Tensor]] = {}
+        for (name, z), g in zip(maps, torch.autograd.grad(cost, [z for _, z in maps], allow_unused=True), strict=True):
+            if g is not None:
+                products.setdefault(name, []).append((z.detach() * g).flatten(2).mean(2) if z.dim() > 2 else z.detach() * g)
+        total |= {n: total.get(n, 0) + sum(p).abs().sum(0) / len(x) for n, p in products.items()}
+    return total
+
+
+def next_acts_in(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """What the one next layer reads of each channel at sampled places of its output: (samples, channels, inputs of a channel)."""
+    reads = _readers(model, layers, x)
+    parts: dict[str, list[Tensor]] = {name: [] for name in reads}
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for xs in x.split(CHUNK):
+            with _watched({name: reader for name, (reader, _) in reads.items()}) as seen:
+                model(xs)
+            for name, (reader, places) in reads.items():
+                columns = _patches(reader, seen[name][0])[:, 0]  # (examples, inputs x kernel, positions)
+                positions = torch.randint(columns.shape[2], (len(columns), min(POSITIONS, columns.shape[2])), generator=draw).to(columns.device)
+                chosen = columns.gather(2, positions[:, None].expand(-1, columns.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+                parts[name].append(_by_channel(chosen, places, reader))
+    return {name: torch.cat(p) for name, p in parts.items()}
+
+
+def next_w(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """The one next layer's weight by channel: (its outputs, channels, inputs of a channel), so that its output is the sum over both of x w."""
+    reads = _readers(model, layers, x)
+    return {name: _by_channel(reader.weight.flatten(1), places, reader) for name, (reader, places) in reads.items()}
+
+
+CHANNEL_PROVIDERS = {f.__name__: f for f in (bn_gamma, zeros, flow, next_acts_in, next_w)}
+
+
+def into_reader(weight: Tensor, places: Tensor, by_channel: Tensor) -> Tensor:
+    """A next layer's weight with its part ``by_channel`` (``next_w``'s shape) put in the place of what it had there."""
+    out = weight.clone()
+    wide = out.reshape(len(out), -1, _area(weight))
+    wide[:, places.flatten()] = by_channel.reshape(len(out), places.numel(), -1).to(wide)
+    return wide.reshape(weight.shape)
+
+
+def reader_of(group: Group, model: nn.Module) -> tuple[str, Tensor] | None:
+    """The layer that reads a group's channels, and where; None where there are several, several makers, or a grouped convolution."""
+    if len(group.readers) != 1 or len(group.makers) != 1:
+        return None
+    name, places = next(iter(group.readers.items()))
+    return None if getattr(model.get_submodule(name), "groups", 1) != 1 else (name, places)
+
+
+def _readers(model: nn.Module, layers: Layers, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
+    """{covered layer: (the one layer that reads its channels, where)} for those that have just one."""
+    found = {name: reader_of(group, model) for name, group in _groups(model, layers, x)}
+    return {name: (model.get_submodule(r[0]), r[1]) for name, r in found.items() if r}
+
+
+def _area(weight: Tensor) -> int:
+    """Weights that a layer has for one output and one input channel."""
+    return weight[0, 0].numel()
+
+
+def _by_channel(rows: Tensor, places: Tensor, reader: nn.Module) -> Tensor:
+    """(n, inputs x kernel) as (n, channels, inputs of a channel)."""
+    return rows.reshape(len(rows), -1, _area(reader.weight))[:, places.to(rows.device)].flatten(2)
+
+
+def _groups(model: nn.Module, layers: Layers, x: Tensor) -> list[tuple[str, Group]]:
+    """(covered layer, its group) for every covered layer whose channels can go."""
+    return [(n, g) for g in groups(model, x[:1]) for n in g.makers if n in layers]
+
+
+class _Traced(TorchFunctionMode):
+    """Follows each maker's output through batch norm, pooling and sums to the ReLUs behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner: dict[int, str] = {}
+        self.held: list[Tensor] = []  # while a tensor lives, no other has its id
+        self.relu: dict[str, list[Tensor]] = {}
+
+    def own(self, t: Tensor, name: str) -> None:
+        self.owner[id(t)] = name
+        self.held.append(t)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = next((self.owner[id(a)] for a in args if isinstance(a, Tensor) and id(a) in self.owner), None)
+        if name is not None and isinstance(out, Tensor):
+            if func in RELUS:
+                self.relu.setdefault(name, []).append(out)
+            self.own(out, name)
+        return out
+
+
+class _Found:
+    """A layer's maps in one forward pass: behind its ReLUs, and as made; and the network's output."""
+
+    def __init__(self, relu: list[Tensor], made: list[Tensor], output: Tensor) -> None:
+        self.relu, self.made, self.output = relu, made, output
+
+
+def _maps(model: nn.Module, layers: Layers, xs: Tensor) -> dict[str, _Found]:
+    covered = dict(_groups(model, layers, xs))
+    first = {n: g.first for g in covered.values() for n in g.makers}
+    made: dict[str, list[Tensor]] = {}
+    with _Traced() as traced:
+
+        def note(name: str, out: Tensor) -> None:
+            made.setdefault(name, []).append(out)
+            traced.own(out, name)
+
+        handles = [model.get_submodule(n).register_forward_hook(lambda _, __, o, f=f: note(f, o)) for n, f in first.items()]
+        try:
+            output = model(xs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {n: _Found(traced.relu.get(first[n], []), made[first[n]], output) for n in covered}
