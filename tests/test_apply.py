@@ -153,6 +153,7 @@ def test_a_compressed_original_stays_too(mlp, pair, method):
     else:  # it would forget what is gone
         with pytest.raises(ValueError, match=r"learns its own mask.*baked"):
             compress(deepcopy(first), method, where="fc2", data=pair)
+        assert plan(first, method, where="fc1", data=pair)["fc1"].kept  # elsewhere it forgets nothing
     assert unchanged(first, before) and torch.equal(predict(first, pair[0]), outputs)
     assert second.fc1.weight.count_nonzero() == 2048 - round(0.95 * 2048)
 

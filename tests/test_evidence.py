@@ -205,12 +205,32 @@ def test_layers_used_twice_or_never_are_told_not_guessed():
     for method in ("optimal_brain_damage", "layerwise_obs"):
         with pytest.raises(ValueError, match=r"layer twice is used more than once.*where"):
             plan(model, method, data=data)
-    with pytest.raises(ValueError, match=r"layer never takes no part in the forward pass.*no acts_gram.*where"):
+    with pytest.raises(ValueError, match=r"layer never takes no part in the output.*no acts_gram.*where"):
         plan(model, "layerwise_obs", data=data, where="!twice")
     for method in ("snip", "optimal_brain_damage"):
-        with pytest.raises(ValueError, match=r"layer never takes no part in the forward pass.*where"):
+        with pytest.raises(ValueError, match=r"layer never takes no part in the output.*where"):
             plan(model, method, data=data, where="!twice")
     assert plan(model, "snip", data=data, where="!never", keep=0.7)["twice"].kept > 0  # a gradient adds up over uses
+
+
+class Branch(nn.Module):
+    """A layer that runs and whose output nothing uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.aside = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        self.aside(x)
+        return self.used(x)
+
+
+def test_a_layer_that_does_not_reach_the_output_is_told():
+    data = (torch.rand(20, 4), torch.randint(0, 3, (20,)))
+    for method in ("snip", "optimal_brain_damage", "optimal_brain_surgeon"):
+        with pytest.raises(ValueError, match=r"layer aside takes no part in the output.*where"):
+            plan(Branch(), method, data=data)
+        assert plan(Branch(), method, data=data, where="used")["used"].kept > 0
 
 
 def test_snip_without_any_gradient_is_a_tie_not_a_nan():

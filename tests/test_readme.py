@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from cmlib.bench import readme
+from cmlib.bench.__main__ import SECTIONS
 from cmlib.core.apply import plan_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +39,13 @@ def test_the_five_lines_run(tmp_path, monkeypatch):
 
 def test_the_table_of_methods_is_the_catalogue():
     assert readme.with_part(PAGE, "methods", readme.methods()) == PAGE, "run: python -m cmlib.bench.readme"
+
+
+def test_every_table_of_the_bench_has_its_place():
+    for name in SECTIONS:
+        assert readme.with_part(PAGE, f"bench {name}", "new").count("new") > PAGE.count("new")
+    with pytest.raises(ValueError, match=r"0 places marked <!-- bench none -->"):
+        readme.with_part(PAGE, "bench none", "new")
 
 
 def test_links_lead_to_files():

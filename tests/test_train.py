@@ -1,5 +1,6 @@
 """The one training loop and evaluation."""
 
+import threading
 from functools import partial
 
 import pytest
@@ -246,3 +247,22 @@ def test_checkpoints_have_the_accuracy_that_their_cards_say(digits, net):
         assert evaluate(model, digits) == pytest.approx(card(net, "digits", seed)["validation_accuracy"], abs=0.005)
         assert evaluate(model, digits, part="test") == pytest.approx(card(net, "digits", seed)["test_accuracy"], abs=0.006)
         assert isinstance(model, nn.Module) and not model.training
+
+
+def test_evaluating_a_plain_network_in_another_thread_leaves_training_alone(digits):
+    """torch's cache of attached weights is one for all threads: whoever needs none must not hold it open."""
+    plain, ready, done = build("mlp", "digits"), threading.Event(), threading.Event()
+
+    def elsewhere():
+        with evaluating(plain):
+            ready.set()
+            done.wait(30)
+
+    worker = threading.Thread(target=elsewhere)
+    worker.start()
+    ready.wait(30)
+    try:
+        fit(compress(build("mlp", "digits"), "magnitude_pruning_han", keep=0.5), digits, epochs=1, batch=500)
+    finally:
+        done.set()
+        worker.join()

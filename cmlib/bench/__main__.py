@@ -1,4 +1,7 @@
-"""``python -m cmlib bench [--only slider,exact,...] [--readme]``: every claimed number, measured in one run and printed as tables."""
+"""``python -m cmlib bench [--only slider,exact,...] [--readme]``: every claimed number, measured and printed as tables.
+
+``--readme`` puts the tables of the sections that ran into README.md, each with its machine, versions and date; the others stay.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +41,15 @@ def main() -> None:
     if unknown:
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    lines = [f"Measured on {machine()}."]
-    print(lines[0])
+    measured = f"_Measured on {machine()}._"
+    print(measured)
     for name in asked.only.split(","):
+        lines = []
         for line in SECTIONS[name]():
             print(line, flush=True)
             lines.append(line)
-    if asked.readme:
-        readme.write("bench", "\n".join(lines))
-        readme.write("methods", readme.methods())
+        if asked.readme:
+            readme.write(f"bench {name}", "\n".join([*lines, "", measured]))
 
 
 if __name__ == "__main__":

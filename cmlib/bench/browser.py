@@ -177,7 +177,7 @@ def moves(found: Any, panel: Any, knob: str = "knob-keep", count: int = 20, gap:
 
 
 def _answered(pressed: list[float], answers: list[list[float]]) -> list[float]:
-    """Time from the last press before each answer to it."""
+    """Time from the last press before each answer to it: for a way that does not say which press it answers, the kindest reading."""
     found = []
     for _, t in answers:
         before = [p for p in pressed if p < t]
@@ -187,18 +187,25 @@ def _answered(pressed: list[float], answers: list[list[float]]) -> list[float]:
 
 
 def hold(found: Any, panel: Any, knob: str = "knob-keep", presses: int = 40, rate: float = 30) -> dict[str, Any]:
-    """Hold an arrow key: ``presses`` at ``rate`` a second. How many pictures were drawn, and whether the last position is the one shown."""
+    """Hold an arrow key: ``presses``, at ``rate`` a second as far as the browser follows. How many pictures were drawn, at what rate the presses
+    came, and whether the last position is the one shown."""
     panel.evaluate(WATCH)
     slider = panel.locator(f'[data-role="{knob}"] input[type=range], input[type=range][data-role="{knob}"]').first
     slider.focus()
-    for _ in range(presses):
+    start = time.perf_counter()
+    for i in range(presses):
         found.keyboard.press("ArrowRight")
-        found.wait_for_timeout(1000 / rate)
+        found.wait_for_timeout(max(0.0, 1000 * ((i + 1) / rate - (time.perf_counter() - start))))
+    seconds = time.perf_counter() - start
     found.wait_for_timeout(2_500)
     clock = found.evaluate("window.cmlibClock")
     shown = {panel.get_attribute(f"data-{k}") for k in ("asked", "seq", "exact")}
     position = slider.get_attribute("aria-valuetext")
-    return {"shown": len(clock["seq"]), "last": len(shown) == 1 and f"keep={position}" in panel.locator('[data-role="text-twin"]').text_content()}
+    return {
+        "shown": len(clock["seq"]),
+        "rate": presses / seconds,
+        "last": len(shown) == 1 and f"keep={position}" in panel.locator('[data-role="text-twin"]').text_content(),
+    }
 
 
 def plain_moves(found: Any, count: int = 20, gap: float = 0.3) -> list[float]:

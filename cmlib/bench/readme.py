@@ -21,8 +21,11 @@ def methods() -> str:
 
 
 def with_part(page: str, name: str, text: str) -> str:
-    """The page with ``text`` between its two marks of that name."""
-    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.S)
+    """The page with ``text`` between its two marks of that name. ValueError where it has no such marks."""
+    changed, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.S)
+    if count != 1:
+        raise ValueError(f"the page has {count} places marked <!-- {name} --> ... <!-- /{name} -->; it needs one")
+    return changed
 
 
 def write(name: str, text: str) -> None:

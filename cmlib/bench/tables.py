@@ -142,7 +142,10 @@ def notebook(folder: Path, *cells: str) -> str:
 def slider() -> Iterator[str]:
     """Key press to changed picture, estimate and exact figure, in JupyterLab in Chromium."""
     yield from heading(
-        "Slider in JupyterLab in Chromium, key press to drawn, 20 moves 300 ms apart or as said, LeNet-5 on MNIST", "what", "median / 90th", "bound"
+        "Slider in JupyterLab in Chromium, key press to drawn, 20 moves 300 ms apart or as said, LeNet-5 on MNIST",
+        "what",
+        "median / 90th",
+        "bound of each",
     )
     if browser.chromium() is None:
         yield line("Chromium is not installed: left out", "", "")
@@ -159,10 +162,10 @@ def slider() -> Iterator[str]:
                 spaced = browser.moves(page, panel, count=20, gap=1.2)
                 held = browser.hold(page, panel)
             yield line(f"changed mask and histogram, {what}", spread(found["seq"]), "60 / 100 ms")
-            yield line(f"accuracy estimate, {what}, moves 1.2 s apart", spread(spaced["estimate"]), "150 ms")
-            yield line(f"exact accuracy, {what}, moves 1.2 s apart", spread(spaced["exact"]), "280 / 60 ms of arithmetic")
+            yield line(f"accuracy estimate, {what}, moves 1.2 s apart", spread(spaced["estimate"]), "150 ms median")
+            yield line(f"exact accuracy, {what}, moves 1.2 s apart", spread(spaced["exact"]), "of its arithmetic: the table above")
             yield line(
-                f"held down at 30 a second, {what}: pictures shown of 40; last position shown",
+                f"held down at {held['rate']:.0f} a second, {what}: pictures shown of 40; last position shown",
                 f"{held['shown']}; {'yes' if held['last'] else 'NO'}",
                 "yes",
             )

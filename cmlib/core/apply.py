@@ -126,7 +126,7 @@ class Planner:
 
     def _own(self, knobs: dict[str, Any]) -> Plan:
         """The plan of a method that makes its masks itself."""
-        if self.previous:
+        if not self.previous.keys().isdisjoint(self.layers):
             raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it baked(model)")
         return {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
 
@@ -183,7 +183,9 @@ class Planner:
         scores = self._scored(own)
         for name, s in scores.items():
             if torch.broadcast_shapes(s.shape, self.weights[name].shape) != self.weights[name].shape:
-                raise RuntimeError(f"{self.method.key}: a score of shape {list(s.shape)} does not broadcast to a weight of {list(self.weights[name].shape)}")
+                raise RuntimeError(
+                    f"{self.method.key}: a score of shape {list(s.shape)} does not broadcast to a weight of {list(self.weights[name].shape)}"
+                )
             if s.isnan().any():
                 raise ValueError(f"{self.method.key} scores {int(s.isnan().sum()):,} weights of layer {name} as NaN, which no order can rank")
         return scores
@@ -219,7 +221,7 @@ def gather(
     if name in CHANNEL_PROVIDERS and not found:
         raise ValueError(f"{owner} asks for {name} ({PROVIDERS[name].__doc__.splitlines()[0]}), which none of {', '.join(layers)} has; see where=...")
     if name not in CHANNEL_PROVIDERS and (idle := [n for n in layers if n not in found]):
-        raise ValueError(f"layer {idle[0]} takes no part in the forward pass, so it has no {name}; leave it out with where=...")
+        raise ValueError(f"layer {idle[0]} takes no part in the output, so it has no {name}; leave it out with where=...")
     return {n: v.detach() for n, v in found.items()}
 
 

@@ -111,7 +111,9 @@ class Structure:
         covered = set(covered)
         self.groups = [g for g in groups(model, example) if covered.intersection(g.makers)]
         if not self.groups:
-            raise ValueError(f"the channels of {', '.join(sorted(covered))} are the network's output and cannot go; unit='row' masks them all the same")
+            raise ValueError(
+                f"the channels of {', '.join(sorted(covered))} are the network's output and cannot go; unit='row' masks them all the same"
+            )
 
     def tied(self, scores: Evidence) -> Evidence:
         """One score a group under its first maker's name: the mean over the makers that have one."""

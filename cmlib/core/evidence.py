@@ -62,10 +62,10 @@ def hess_rows(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
     count = 0
     for gradients in _example_gradients(model, layers, x, y, loss):
-        count += len(next(iter(gradients.values()))[0])
+        count += len(next(iter(gradients.values()))[0]) if gradients else 0
         for name, (patches, delta) in gradients.items():
             rows[name].append(_per_example(patches, delta).reshape(-1, *layers[name].weight.shape))
-    return {name: torch.cat(r) * (count / len(x)) ** 0.5 for name, r in rows.items()}
+    return {name: torch.cat(r) * (count / len(x)) ** 0.5 for name, r in rows.items() if r}
 
 
 def acts_gram(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
@@ -112,8 +112,8 @@ def _example_gradients(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, l
             z = model(xs)
         outputs = [o for _, o in seen.values()]
         for column in _root(z.detach(), ys, loss).unbind(2):
-            deltas = torch.autograd.grad(z, outputs, column, retain_graph=True)
-            yield {name: (_patches(layers[name], seen[name][0]), _grouped(layers[name], d)) for name, d in zip(seen, deltas, strict=True)}
+            deltas = zip(seen, torch.autograd.grad(z, outputs, column, retain_graph=True, allow_unused=True), strict=True)
+            yield {name: (_patches(layers[name], seen[name][0]), _grouped(layers[name], d)) for name, d in deltas if d is not None}
 
 
 def _root(z: Tensor, y: Tensor, loss: Loss) -> Tensor:

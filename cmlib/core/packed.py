@@ -99,7 +99,9 @@ class Masked:
     @classmethod
     def decode(cls, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Masked:
         values, mask = storage.decode(arrays, meta["storage"], tuple(meta["shape"]), meta.get("k", 0))
-        return cls(torch.from_numpy(values.copy()), torch.from_numpy(mask), meta["storage"], vectors=tuple((n, i) for n, i in meta.get("vectors", ())))
+        return cls(
+            torch.from_numpy(values.copy()), torch.from_numpy(mask), meta["storage"], vectors=tuple((n, i) for n, i in meta.get("vectors", ()))
+        )
 
     def frozen(self) -> Masked:
         """The same with nothing left to learn: a copy, detached, without state."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,13 +41,18 @@ class Fit:
     interrupted: bool = False
 
 
+def caching(model: nn.Module) -> AbstractContextManager:
+    """Each attached weight worked out once inside. torch's cache is one for all threads, so a model with nothing attached keeps out of it."""
+    return parametrize.cached() if any(parametrize.is_parametrized(m) for m in model.modules()) else nullcontext()
+
+
 @contextmanager
 def evaluating(model: nn.Module):
     """Evaluation mode, no gradients, each attached weight worked out once; the model's mode is as before afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), parametrize.cached():
+        with torch.no_grad(), caching(model):
             yield model
     finally:
         for module, mode in modes:
@@ -160,7 +165,7 @@ def _step(model, x, y, loss: Loss, extra: Callable[[nn.Module], Tensor | float],
     for hook in hooks:
         hook.before(model, rule)
     rule.zero_grad(set_to_none=True)
-    with parametrize.cached():
+    with caching(model):
         value = loss(model(x), y) + extra(model)
     value.backward()
     for hook in hooks:

@@ -181,15 +181,18 @@ def _l1(packed, *, lam, solver="proximal"):
     return lam * packed.values.abs().sum() if solver == "subgradient" else 0.0
 
 
+Cut = Annotated[float, Span(0, 1)]
+
+
 @score("Tibshirani 1996, Regression shrinkage and selection via the lasso", chapter="02", training=Training(penalty=_l1, project=_ista))
 def l1_weight_regularization(
-    w, training=False, *, lam: Penalty = 1e-3, solver: Annotated[str, Pick("proximal", "subgradient")] = "proximal", threshold_after: Weight = 0.0,
+    w, training=False, *, lam: Penalty = 1e-3, solver: Annotated[str, Pick("proximal", "subgradient")] = "proximal", threshold_after: Cut = 0.0,
     state: State | None = None,
 ) -> Masked:  # fmt: skip
-    """L1 regularization with the proximal step (ISTA).
+    """L1 regularization.
 
-    min L(w) + lam |w|_1, by w <- S_(lr lam)(w - lr grad L): exact zeros appear while training, and may leave again (survey 001, 2.1.1;
-    the survey's non-structured baseline). ``subgradient`` adds lam sign(w) to the gradient instead and reaches no exact zero; what is then at most
+    min L(w) + lam |w|_1, by the proximal step w <- S_(lr lam)(w - lr grad L) (ISTA): exact zeros appear while training, and may leave again
+    (survey 001, 2.1.1; the survey's non-structured baseline). ``subgradient`` adds lam sign(w) to the gradient instead and reaches no exact zero; what is then at most
     ``threshold_after`` in size counts as removed once training is over. The lasso is what plain SGD solves
     (``fit(..., optimizer=torch.optim.SGD)``); AdamW scales its steps, so that the same ``lam`` removes less.
     """
@@ -212,8 +215,8 @@ def dynamic_network_surgery(
     """Dynamic network surgery (DNS).
 
     T = 0 where |w| < a, 1 where |w| >= b, as before between; a = mean|w| + c std|w|, b = a + margin std|w|, fixed at the start
-    (survey 001, 2.1.1 [24]). All of w learns through the mask, so a weight wrongly cut can return. The mask is looked at again
-    with probability 1 / (1 + decay step).
+    (survey 001, 2.1.1 [24]); c = 0 cuts nothing. All of w learns through the mask, so a weight wrongly cut can return. The mask is looked at
+    again with probability 1 / (1 + decay step).
     """
     if state is None:
         mean, std = w.abs().mean().item(), w.abs().std().item()
