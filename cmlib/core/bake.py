@@ -1,4 +1,4 @@
-"""From masks to a network that is really smaller: filters whose channels are zero throughout are taken out of every layer that has to do with them."""
+"""From masks to a network that is really smaller: filters whose channels are zero throughout leave every layer that has to do with them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Widths = dict[str, dict[str, int]]
 def bake(model: nn.Module, data: Any = None) -> nn.Module:
     """A copy with plain weights from which every filter that is zero with all that belongs to its channel is removed for real.
 
-    Its outputs are those of the masked network. ``data`` (a data set or a pair) gives the image that channels are traced with; the kit's networks need
-    none. UntraceableError where the forward pass cannot be followed, or where a channel that is zero still matters (an activation with f(0) != 0).
+    Its outputs are the masked network's. ``data`` (a data set or a pair) gives the image that channels are traced with; the kit's networks need
+    none. UntraceableError where the forward pass cannot be followed, or where a zero channel still matters (an activation with f(0) != 0).
     """
     small, example = baked(model), example_of(model, data)
     before = widths(small)
@@ -61,7 +61,8 @@ def narrowed(model: nn.Module, to: Widths) -> nn.Module:
         for held in (module._parameters, module._buffers):
             for key, old in held.items():
                 if old is not None and old.dim():
-                    layout = torch.channels_last if old.dim() == 4 and old.stride(1) == 1 else torch.contiguous_format
+                    plain = old.stride() == torch.empty(old.shape, device="meta").stride()
+                    layout = torch.contiguous_format if plain or old.dim() != 4 else torch.channels_last
                     new = torch.empty(_shape(module, key, old), dtype=old.dtype, device=old.device, memory_format=layout)
                     held[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     model.widths = getattr(model, "widths", {}) | to

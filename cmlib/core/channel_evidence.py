@@ -6,7 +6,6 @@ have what is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -153,8 +152,8 @@ class _Found:
 
 
 def _maps(model: nn.Module, layers: Layers, xs: Tensor) -> dict[str, _Found]:
-    covered = dict(_groups(model, layers, xs))
-    first = {n: g.first for g in covered.values() for n in g.makers}
+    """What each covered layer's group makes of ``xs``; a map belongs to the last maker before it."""
+    first = {n: g.first for g in groups(model, xs[:1]) for n in g.makers}
     made: dict[str, list[Tensor]] = {}
     with _Traced() as traced:
 
@@ -162,10 +161,11 @@ def _maps(model: nn.Module, layers: Layers, xs: Tensor) -> dict[str, _Found]:
             made.setdefault(name, []).append(out)
             traced.own(out, name)
 
-        handles = [model.get_submodule(n).register_forward_hook(lambda _, __, o, f=f: note(f, o)) for n, f in first.items()]
+        makers = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() > 1]
+        handles = [m.register_forward_hook(lambda _, __, o, f=first.get(n, n): note(f, o)) for n, m in makers]
         try:
             output = model(xs)
         finally:
             for handle in handles:
                 handle.remove()
-    return {n: _Found(traced.relu.get(first[n], []), made[first[n]], output) for n in covered}
+    return {n: _Found(traced.relu.get(f, []), made[f], output) for n, f in first.items() if n in layers}

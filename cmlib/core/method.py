@@ -40,7 +40,8 @@ class Method:
     """A compression method: its function, its kind, its source, and how the shared parts should treat it.
 
     ``joint``: the function sees all covered weights laid end to end as one vector. ``repair(w, mask, <evidence>, **knobs)`` rewrites
-    the weights that stay; ``rebuild(rows, <evidence>, **knobs)`` gives the next layer's weight, shaped as ``next_w``, for the channels ``rows`` that stay. ``training`` is what it wants of training. ``exempt`` names laws that it cannot meet, with the reason.
+    the weights that stay; ``rebuild(rows, <evidence>, **knobs)`` gives the next layer's weight, shaped as ``next_w``, for the channels
+    ``rows`` that stay. ``training`` is what it wants of training. ``exempt`` names laws that it cannot meet, with the reason.
     """
 
     fn: Callable
