@@ -193,7 +193,7 @@ class Planner:
     def _scored(self, own: dict[str, Any]) -> Evidence:
         if self.method.joint:
             return _apart(call(self.method.fn, _end_to_end(self._given), own), self.weights)
-        return {n: call(self.method.fn, g, own) for n, g in self._given.items()}
+        return {n: _column(call(self.method.fn, g, own), self.weights[n]) for n, g in self._given.items()}
 
 
 def gather(
@@ -223,6 +223,11 @@ def gather(
     if name not in CHANNEL_PROVIDERS and (idle := [n for n in layers if n not in found]):
         raise ValueError(f"layer {idle[0]} takes no part in the output, so it has no {name}; leave it out with where=...")
     return {n: v.detach() for n, v in found.items()}
+
+
+def _column(s: Tensor, w: Tensor) -> Tensor:
+    """A score of one number a filter as a column beside its weight; any other as it is."""
+    return s.reshape(-1, *[1] * (w.dim() - 1)) if s.dim() == 1 and len(s) == len(w) else s
 
 
 def _end_to_end(given: dict[str, dict[str, Any]]) -> dict[str, Any]:
