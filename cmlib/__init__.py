@@ -16,6 +16,7 @@ _PLACES = {
     "compress": "lab.verbs", "plan": "lab.verbs",
     "fit": "lab.train", "evaluate": "lab.train", "predict": "lab.train", "prune_and_train": "lab.train",
     "measure": "lab.measure", "Row": "lab.row", "over_seeds": "lab.row", "rows_table": "lab.row", "sparse_crossover": "lab.measure",
+    "sensitivity": "lab.ratios", "solve": "lab.ratios", "compress_each": "lab.ratios", "recalibrate": "lab.ratios", "latency_scan": "lab.ratios",
     "save": "lab.files", "load": "lab.files", "FileError": "lab.files",
     "load_data": "lab.data", "DataError": "lab.data", "Data": "lab.data",
     "load_net": "lab.zoo", "build": "lab.zoo", "NetError": "lab.zoo",

@@ -185,7 +185,9 @@ def solve(model: nn.Module, method: Method | str, data: Any = None, *, target: f
         return trials[-1][1]
 
     if (least := tried(0.0)) > target:
-        mend = "with more images a batch the layers' arithmetic counts for more" if cost == "latency" else "cover more with where=, or scan lower keeps"
+        mend = (
+            "with more images a batch the layers' arithmetic counts for more" if cost == "latency" else "cover more with where=, or scan lower keeps"
+        )
         raise ValueError(f"target={target:g} is out of reach: with rule={rule!r} at least {least:.4f} of the {cost} is left; ask for more, or {mend}")
     _bisect(tried, target, TIMED if cost == "latency" else STEPS)
     plan = make(_largest(trials, target))
@@ -194,6 +196,18 @@ def solve(model: nn.Module, method: Method | str, data: Any = None, *, target: f
     reached, low, high = share(small)
     kept = {n: plan[n].rows.double().mean().item() if n in plan else 1.0 for n in layers.makers}
     return Solution(kept, compressed, small, cost, target, reached, low, high, pd.DataFrame(trials, columns=["setting", "share"]))
+
+
+def latency_scan(model: nn.Module, method: Method | str, data: Any = None, *, keeps: Sequence[float] = (1.0, *KEEPS), where: str = "*", batch: int = 1,
+                 rounds: int = 30, threads: int = 2, **knobs: Any) -> pd.DataFrame:  # fmt: skip
+    """Measured time of the baked network with one keep for all layers, every network taking turns with the others.
+
+    A line a keep: keep, ms (median of a forward pass of ``batch`` images), low, high (quartiles), multiply_adds (share of the dense network's).
+    """
+    layers, share = Layers(model, method, data, where, **knobs), _meter(model, data, "multiply_adds")
+    small = {k: bake(layers.compressed(layers.plan(_at_least_one(layers, dict.fromkeys(layers.makers, k)))), data) for k in keeps}
+    times = latency(small, _images(model, data, batch), rounds, threads)[["ms", "low", "high"]]
+    return times.rename_axis("keep").reset_index().assign(multiply_adds=[share(m)[0] for m in small.values()])
 
 
 def _check(target: float, cost: str, rule: str, knobs: dict[str, Any]) -> None:
@@ -228,15 +242,22 @@ def _at_least_one(layers: Layers, keeps: dict[str, float]) -> dict[str, float]:
     return {n: max(keep, 1 / layers.count(n), 0.001) for n, keep in keeps.items()}
 
 
-def _meter(model: nn.Module, data: Any, cost: str, batch: int, rounds: int, threads: int) -> Callable[[nn.Module], tuple]:
+def _meter(model: nn.Module, data: Any, cost: str, batch: int = 1, rounds: int = 30, threads: int = 2) -> Callable[[nn.Module], tuple]:
     """What tells (share of the dense network's cost, its lower and upper quartile where it is measured) of a small network."""
-    dense, example = bake(model, data), example_of(model, data)
+    dense = bake(model, data)
     if cost == "latency":
-        x = next(iter(train.batches(torch.rand(batch, *example.shape[1:]).to(example), batch, dense)))
+        x = _images(model, data, batch)
         return lambda small: _timed(latency({"dense": dense, "small": small}, x, rounds, threads))
+    example = example_of(model, data)
     count = parameters if cost == "parameters" else lambda m: multiply_adds(m, example)
     whole = count(dense)
     return lambda small: (count(small) / whole, None, None)
+
+
+def _images(model: nn.Module, data: Any, batch: int) -> Tensor:
+    """``batch`` random images of the model's shape, laid as it is fastest with."""
+    example = example_of(model, data)
+    return next(iter(train.batches(torch.rand(batch, *example.shape[1:]).to(example), batch, model)))
 
 
 def parameters(model: nn.Module) -> int:
