@@ -1,9 +1,15 @@
 """Training beside the panel: it ends, it can be stopped, it says why it failed, and the panel hears of all three."""
 
 import asyncio
+import csv
+import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from cmlib.lab.child import Child
 from cmlib.lab.files import load
 from cmlib.lab.measure import threads_at
 from cmlib.lab.train import evaluate
+from cmlib.lab.zoo import load_net
 from cmlib.view import explorer
 from cmlib.view.explorer import explore
 
@@ -80,6 +87,57 @@ def test_it_leaves_the_machine_to_others(started, monkeypatch):
     assert seen["OMP_NUM_THREADS"] == seen["MKL_NUM_THREADS"] == "1"
     if hasattr(os, "getpriority"):
         assert os.getpriority(os.PRIO_PROCESS, child.process.pid) >= 10
+
+
+def begun(child):
+    """The child once it trains."""
+    while not child.report():
+        assert child.running, child.failure
+        time.sleep(0.02)
+    return child
+
+
+def test_an_interrupt_of_the_kernel_does_not_reach_it(started):
+    assert os.getpgid(started(training=ENDLESS).process.pid) != os.getpgid(0)
+
+
+def test_an_interrupted_training_has_not_finished(started):
+    child = begun(started(training=ENDLESS))
+    child.process.send_signal(signal.SIGINT)
+    finish(child)
+    assert "interrupted" in child.failure and "accuracy" not in child.report()
+
+
+def test_a_training_that_is_killed_says_so(started):
+    child = begun(started(training=ENDLESS))
+    child.process.kill()
+    finish(child)
+    assert "exit code -9" in child.failure
+
+
+def gone(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the process in /proc")
+def test_a_training_ends_with_its_parent(tmp_path):
+    job = {**JOB, "training": ENDLESS}
+    code = f"""import os, time
+from cmlib.lab.child import Child
+child = Child(**{job})
+while not child.report(): time.sleep(0.02)
+print(child.process.pid, flush=True)
+os._exit(0)"""
+    parent = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True)
+    pid, end = int(parent.stdout), time.monotonic() + 20
+    try:
+        while not gone(pid):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("wrong", "said"), [({"seed": 77}, "does not ship"), ({"knobs": {"kep": 1}}, "did you mean 'keep'")])
@@ -174,6 +232,51 @@ def test_what_training_left_is_shown(key, knobs, digits):
     assert panel.state.net is None and panel.state.accuracy == before.accuracy  # the sliders still act on the network as it shipped
 
 
+def test_training_again_starts_from_the_same_plan_and_a_move_undoes_it():
+    panel = explore(HAN, net="mlp", data="digits", keep=0.05)
+    plain = panel.state
+    heard, until = conversation(panel)
+
+    async def train():
+        heard.clear()
+        panel._receive(panel, {"type": "train", "epochs": 1}, [])
+        done = (await until("done", "failed", "stopped"))[-1]
+        while not any(m["type"] == "rest" for m in heard):
+            await asyncio.sleep(0.02)
+        return done
+
+    first, second = asyncio.run(train()), asyncio.run(train())
+    assert first == second and f"(before: {100 * plain.accuracy:.2f} %)" in first["text"] and panel.state.net is not None
+    assert first["point"]["knobs"]["keep"] == 0.05 and first["point"]["epochs"] == 1
+    assert [s.epochs for s in panel.path] == [0, 1, 1]
+    rows = list(csv.DictReader(io.StringIO(panel.path_csv())))
+    assert [r["epochs"] for r in rows] == ["0", "1", "1"]
+    panel._receive(panel, {"type": "move", "seq": 1, "knobs": {"keep": 0.05}, "layer": "fc2"}, [])
+    assert panel.state.net is not None and panel.layer == "fc2"  # only looked elsewhere
+    panel._receive(panel, {"type": "move", "seq": 2, "knobs": {"keep": 0.05}, "layer": "fc2"}, [])
+    assert panel.state.net is None and panel.state.accuracy == plain.accuracy and panel.path[-1].epochs == 0
+
+
+def test_another_seed_ends_the_training_of_this_one():
+    panel = explore(HAN, net="mlp", data="digits", keep=0.05)
+    heard, until = conversation(panel)
+
+    async def go():
+        panel._receive(panel, {"type": "train", "epochs": 1}, [])
+        await until("running")
+        training, child = panel._training, panel._child
+        while child.running:  # it has finished, and the panel has not yet looked
+            time.sleep(0.02)
+        panel._receive(panel, {"type": "seed", "value": 1}, [])
+        await asyncio.sleep(0.6)
+        return training.cancelled(), child.running
+
+    assert asyncio.run(go()) == (True, False)
+    assert [s.epochs for s in panel.path] == [0] and panel.state.source["seed"] == 1
+    trains = [m for m in heard if m["type"] == "train"]
+    assert trains[-1] == {"type": "train"}  # the panel's own line on it goes
+
+
 def test_the_button_stops_it():
     panel = explore(HAN, net="mlp", data="digits")
     _, until = conversation(panel)
@@ -207,12 +310,34 @@ def test_closing_the_panel_ends_its_training():
     panel = explore(HAN, net="mlp", data="digits")
 
     async def go():
+        panel._receive(panel, {"type": "move", "seq": 1, "knobs": {"keep": 0.5}}, [])
         panel._receive(panel, {"type": "train"}, [])
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.01)
         panel.close()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return panel._task.cancelled(), panel._training.cancelled()
 
-    asyncio.run(go())
+    assert asyncio.run(go()) == (True, True)
     assert not panel._child.running
+
+
+def test_without_a_loop_no_training_is_left_behind():
+    panel = explore(HAN, net="mlp", data="digits")
+    heard, _ = conversation(panel)
+    panel._receive(panel, {"type": "train"}, [])
+    assert "fit(panel.model(), data)" in heard[-1]["message"] and panel._child is None
+
+
+def test_data_of_ones_own_is_not_retrained_on(digits):
+    inverted = tuple(255 - t if i == 0 else t for i, t in enumerate(digits.train))
+    panel = explore(HAN, net=load_net("mlp", "digits"), data=inverted)
+    assert panel.spec["train"] is None and panel.spec["seed"] is not None
+    assert "64-32-10 net on data of your own" in panel.subtitle() and "8×8" not in panel.subtitle()
+    heard, _ = conversation(panel)
+    panel._receive(panel, {"type": "train"}, [])
+    assert "its data set" in heard[-1]["message"]
+    assert explore(HAN, net=load_net("mlp", "digits"), data=digits).spec["train"]
 
 
 def test_stop_without_training_is_nothing():

@@ -1,7 +1,8 @@
-"""Training beside a live panel: one thread, low priority, a process of its own that can be stopped.
+"""Training beside a live panel: one thread, low priority, a process of its own that can be stopped and that ends with its parent.
 
 A second two-thread torch job slows evaluation in the first one tenfold on two cores; a single low-priority thread hardly shows. The child
-makes its model by name, so a job is a small json; it reports lines of json and leaves the trained model as a file.
+makes its model by name, so a job is a small json; it reports lines of json and leaves the trained model as a file. In a session of its own it
+does not hear the interrupt that Jupyter sends to the kernel's group, nor the signal that ends the kernel: it looks whether its parent is there.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ class Child:
         self.job = job
         self.folder = tempfile.TemporaryDirectory(prefix="cmlib-")
         self.path = Path(self.folder.name)
-        (self.path / "job.json").write_text(json.dumps(job))
+        (self.path / "job.json").write_text(json.dumps({**job, "parent": os.getpid()}))
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self.log = open(self.path / "log", "w")  # noqa: SIM115 (it lives as long as the process)
-        self.process = subprocess.Popen([sys.executable, "-m", "cmlib.lab.child", self.folder.name], env=env, stdout=self.log, stderr=self.log)
+        command = [sys.executable, "-m", "cmlib.lab.child", self.folder.name]
+        self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=self.log, start_new_session=True)
 
     @property
     def running(self) -> bool:
@@ -36,7 +38,10 @@ class Child:
     @property
     def failure(self) -> str:
         """Why it failed, or nothing."""
-        return (self.path / "log").read_text().strip().split("\n")[-1] if self.process.poll() not in (None, 0, -signal.SIGTERM) else ""
+        code = self.process.poll()
+        if code in (None, 0, -signal.SIGTERM):
+            return ""
+        return (self.path / "log").read_text().strip().split("\n")[-1] or f"the training ended with exit code {code} and said nothing"
 
     def report(self) -> dict[str, Any]:
         """Newest ``{"step", "steps", "accuracy"?, "bytes"?}``; empty before the first."""
@@ -52,6 +57,11 @@ class Child:
 
 def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
+
+
+def orphaned(parent: int) -> bool:
+    """Whether the process ``parent`` has ended: another one has then taken its place (on Windows none does, and a launcher may stand between)."""
+    return os.name == "posix" and os.getppid() != parent
 
 
 def main(folder: Path) -> None:
@@ -81,11 +91,14 @@ def main(folder: Path) -> None:
 
         def count(_: Any, __: Any) -> None:
             nonlocal steps
+            if orphaned(job["parent"]):
+                sys.exit("the process that asked for this training is gone")
             steps += 1
             if steps % 10 == 1:
                 say(step=steps, steps=total)
 
-        fit(model, data, **training, hooks=[Hook(after=count)], keep_best=False)
+        if fit(model, data, **training, hooks=[Hook(after=count)], keep_best=False).interrupted:
+            sys.exit("the training was interrupted")
         size = save(model, folder / "model.cml")
         say(step=total, steps=total, accuracy=evaluate(model, data), bytes=size)
 

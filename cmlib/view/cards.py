@@ -1,6 +1,6 @@
 """The pictures of a pruned layer, as small plain data: what a panel draws and a text twin reads out.
 
-A card is a dict with a ``kind`` (histogram, image, strip, bars, line) and the numbers it needs; pictures are uint8 bytes in a list beside them.
+A card is a dict with a ``kind`` (histogram, image, strip, bars) and the numbers it needs; pictures are uint8 bytes in a list beside them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Cards:
 
 
 class LayerView:
-    """One layer's pictures; what no slider changes is worked out once."""
+    """One layer's pictures; what no slider changes is worked out once. ``image`` (channels, h, w) is the input that a first dense layer reads."""
 
-    def __init__(self, name: str, weight: Tensor) -> None:
-        self.name, self.given, self.weight = name, weight, weight.detach().cpu()
+    def __init__(self, name: str, weight: Tensor, image: tuple[int, int, int] | None = None) -> None:
+        self.name, self.given, self.weight, self.image = name, weight, weight.detach().cpu(), image
         self.sizes = self.weight.abs().flatten().numpy()
         self.rising = np.sort(self.sizes)
         self.label = f"{name} {'×'.join(str(n) for n in weight.shape)}"
@@ -55,18 +55,12 @@ class LayerView:
     def _cells(self) -> tuple[tuple[int, int], np.ndarray]:
         """The map's height and width, and each weight's cell: the input pixel it reads in a first dense layer, else its part of the matrix."""
         outputs, inputs = self.weight.flatten(1).shape
-        side = self._side()
-        if self.weight.dim() == 2 and side:
-            return (side, side), np.tile(np.arange(inputs), outputs)
+        if self.image:
+            channels, h, w = self.image
+            return (h, w), np.tile(np.arange(h * w), outputs * channels)
         high, wide = min(outputs, 64), min(inputs, 96)
         down, across = np.arange(outputs) * high // outputs, np.arange(inputs) * wide // inputs
         return (high, wide), (down[:, None] * wide + across).ravel()
-
-    def _side(self) -> int:
-        """The height and width of a unit's inputs, where they are a square picture; else 0."""
-        inputs = self.weight[0].numel()
-        side = round(inputs**0.5)
-        return side if side * side == inputs and side >= 8 else 0
 
     def cut(self, places: np.ndarray) -> float | None:
         """The magnitude below which weights went, where magnitude is what decided; None elsewhere."""
@@ -85,13 +79,11 @@ class LayerView:
 
     def pictures(self, w: Tensor) -> Tensor | None:
         """The first units as small images (n, h, w) with 128 for zero: filters of a convolution, input images of a first dense layer."""
-        side = self._side()
-        if w.dim() == 4 and w.shape[-1] > 1:
-            first = w[:UNITS, 0]
-        elif side:
-            first = w[:UNITS].reshape(-1, side, side)
-        else:
+        if self.image:
+            w = w.reshape(-1, *self.image)
+        if w.dim() != 4 or max(w.shape[2:]) == 1:
             return None
+        first = w[:UNITS, 0]
         return ((first / self.reach).clamp(-1, 1) * 127 + 128).to(torch.uint8)
 
     def strip(self, out: Cards, packed: Packed) -> None:
@@ -99,7 +91,8 @@ class LayerView:
         if self.before is None:
             return
         w, (n, h, width) = packed.dense().detach().cpu(), self.before.shape
-        what = "filters (first input channel)" if w.dim() == 4 else "units"
+        channels = self.image[0] if self.image else w.shape[1]
+        what = f"{'units' if self.image else 'filters'}{' (first input channel)' if channels > 1 else ''}"
         card = {
             "kind": "strip",
             "n": n,
@@ -115,7 +108,7 @@ class LayerView:
     def map(self, out: Cards, places: np.ndarray) -> None:
         """Where the kept weights sit: per input pixel for a first dense layer, else the weight matrix seen from afar."""
         share, (h, w) = np.bincount(self.cell[places], minlength=len(self.in_cell)) / self.in_cell, self.grid
-        if self.weight.dim() == 2 and self._side():
+        if self.image:
             share, caption = share / max(share.max(), 1e-9), "weights kept per pixel of the input: what the layer looks at"
         else:
             caption = f"share kept · {self.name} as a matrix, outputs down, inputs across"

@@ -13,12 +13,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import anywidget
+import torch
 import traitlets
 from torch import nn
 
@@ -37,12 +38,22 @@ from .words import State
 HERE = Path(__file__).parent
 EPOCHS = (1, 3, 10, 30)  # of retraining, to choose from
 REST = 0.35  # seconds without a move after which the hand rests
+Work = Callable[..., Coroutine]
 
 
 def _humbly() -> None:
     """Let this thread, and the threads that torch starts from it, give way: the browser and the server share the two cores."""
+    torch.get_num_threads()  # torch sets a thread's number up when it is first asked, whatever was said before
     if sys.platform == "linux":  # elsewhere a thread has no niceness of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _looping() -> bool:
+    """Whether an event loop runs, as in a notebook's kernel; in a script none does."""
+    try:
+        return bool(asyncio.get_running_loop())
+    except RuntimeError:
+        return False
 
 
 WORKER = ThreadPoolExecutor(1, "cmlib-measuring", _humbly)  # one measurement at a time; torch releases the interpreter while it multiplies
@@ -68,13 +79,16 @@ def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", 
 class Explorer(Walk, anywidget.AnyWidget):
     """The panel that ``explore`` makes: a walk, and the conversation with the browser that shows it.
 
-    ``move``, ``pin``, ``text``, ``line``, ``path_csv`` do from code what the hand does on the screen.
+    ``move``, ``pin``, ``text``, ``line``, ``path_csv`` do from code what the hand does on the screen, and open views follow.
     """
 
     _esm = HERE / "panel.js"
     _css = HERE / "panel.css"
     spec = traitlets.Dict().tag(sync=True)
     _child: Child | None = None
+    _task: asyncio.Task | None = None  # measures the state shown
+    _training: asyncio.Task | None = None
+    _guess: asyncio.Task | None = None
 
     def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None,
                  predict: dict[str, Any] | None = None, published: Sequence[dict[str, Any]] = (),
@@ -83,7 +97,8 @@ class Explorer(Walk, anywidget.AnyWidget):
         method.bind(predict or {})
         self.pins: list[State] = []
         self.guesses: list[dict[str, Any]] = []
-        self.seq, self._task, self._training, self._moved = 0, None, None, -math.inf
+        self.seq, self._moved = 0, -math.inf
+        WORKER.submit(torch.set_num_threads, torch.get_num_threads()).result()  # not those of a move, which has one
         Walk.__init__(self, net, method, data, where=where, layer=layer, part=part, title=title, **knobs)
         anywidget.AnyWidget.__init__(self, spec=self._spec())
         self.on_msg(self._receive)
@@ -99,7 +114,7 @@ class Explorer(Walk, anywidget.AnyWidget):
             "published": self.published, "line": self.line(),
             "walked": [words.point(s) for s in self.path],
             "predict": self._question() if self.predict else None,
-            "train": {"label": "retrain", "title": "train what is left, in its own process", "epochs": EPOCHS} if source and self.listed else None,
+            "train": {"label": "retrain", "title": "train what is left, in its own process", "epochs": EPOCHS} if self.retrainable else None,
         }  # fmt: skip
 
     def _question(self) -> dict[str, Any]:
@@ -115,22 +130,36 @@ class Explorer(Walk, anywidget.AnyWidget):
         try:
             answers[message["type"]](message)
         except Exception as error:  # whatever it is, the learner sees it and can go on
-            self.send({"type": "error", "seq": message.get("seq", self.seq), "message": f"{type(error).__name__}: {error}"})
+            self._say(message.get("seq", self.seq), error)
 
     def _on_ready(self, message: dict[str, Any]) -> None:
         """A view opened: show it where the kernel stands."""
         self.seq = max(self.seq, message.get("seq", 0))
+        self._show()
+
+    def _show(self) -> None:
+        """Send the state to the views, what is known of it at once, the rest as it is measured."""
         self._picture(self.state)
-        self._later(self._measure(self.seq, self.state))
+        self._later(self._measure, self.seq, self.state)
+
+    def move(self, **knobs: Any) -> State:
+        """Go to these knobs (the others stay), measure the exact accuracy, and add the point to the path; open views follow."""
+        state = super().move(**knobs)
+        if _looping():
+            self.seq += 1
+            self._show()
+        return state
 
     def _on_move(self, message: dict[str, Any]) -> None:
         self.seq, self._moved, before = message["seq"], time.monotonic(), self._moved
         with threads_at(1):  # waiting for a second thread takes longer than the work, when anything else runs
             knobs = self.method.bind({**self.start, **self._typed(message["knobs"])})
-            state = self.state if knobs == self.state.knobs else self.look(knobs)
-            self.layer, self.state = self._covered(message.get("layer") or self.layer), state
+            layer = self._covered(message.get("layer") or self.layer)
+            if knobs != self.state.knobs or (self.state.net and layer == self.layer):  # the knobs are of a plan, not of what training made of it
+                self.state = self.look(knobs)
+            self.layer = layer
             self._picture(self.state)
-        self._later(self._measure(self.seq, self.state, hurried=self._moved - before < 2 * REST))
+        self._later(self._measure, self.seq, self.state, self._moved - before < 2 * REST)
 
     def _typed(self, knobs: dict[str, Any]) -> dict[str, Any]:
         whole = {n for n, k in self.method.knobs.items() if isinstance(k.span, Span) and k.span.integer}
@@ -143,38 +172,52 @@ class Explorer(Walk, anywidget.AnyWidget):
         said = {"point": size, "cells": self.cells(state), "notes": self.notes(state), "line": self.line(state)}
         self.send({"type": "picture", "seq": self.seq, "cards": found.cards, **said, **where}, found.buffers)
 
-    def _later(self, work: AsyncIterator | Any) -> None:
-        """Start slow work in the kernel's own loop, in place of the work before it."""
-        if self._task is not None:
-            self._task.cancel()
+    def _later(self, work: Work, *arguments: Any) -> None:
+        """Start measuring in place of the measuring before it."""
+        _cancel(self._task)
+        self._task = self._begin(work, *arguments)
+
+    def _begin(self, work: Work, *arguments: Any) -> asyncio.Task | None:
+        """Start slow work in the kernel's own loop; where none runs (a script, a test), do it now."""
+        told = self._told(self.seq, work, *arguments)
+        return asyncio.get_running_loop().create_task(told) if _looping() else asyncio.run(told)
+
+    async def _told(self, seq: int, work: Work, *arguments: Any) -> None:
+        """Slow work; what goes wrong is shown in the panel."""
         try:
-            self._task = asyncio.get_running_loop().create_task(work)
-        except RuntimeError:  # no loop runs (a script, a test): do it now
-            self._task = None
-            asyncio.run(work)
+            await work(*arguments)
+        except Exception as error:
+            self._say(seq, error)
+
+    def _say(self, seq: int, error: Exception) -> None:
+        self.send({"type": "error", "seq": seq, "message": f"{type(error).__name__}: {error}"})
 
     async def _beside(self, work: Callable, *arguments: Any) -> Any:
         """Work done in the one worker thread, so that the kernel's loop is free for a newer move, which cancels what waits for it."""
         return await asyncio.get_running_loop().run_in_executor(WORKER, work, *arguments)
 
+    async def _slices(self, work: Iterator) -> AsyncIterator:
+        """What ``work`` yields, each step of it done beside: between two steps others have their turn."""
+        while (found := await self._beside(next, work, None)) is not None:
+            yield found
+
     async def _measure(self, seq: int, state: State, hurried: bool = False) -> None:
         """The exact accuracy of a state, with estimates on the way, and the slow figures when the hand rests; what is known is not measured again."""
-        try:
-            if state.accuracy is None:
-                await self._count(seq, state, hurried)
-            flips, picture = self.flips(state)
-            self.send({"type": "exact", "seq": seq, **self._exact(state), "flips": flips}, [picture])
-            if state.row is None:
-                await asyncio.sleep(REST)
-                await self._beside(self.rest, state)
-            self.send({"type": "rest", "seq": seq, "cells": self.cells(state), "notes": self.notes(state)})
-        except Exception as error:
-            self.send({"type": "error", "seq": seq, "message": f"{type(error).__name__}: {error}"})
+        if state.accuracy is None:
+            await self._count(seq, state, hurried)
+        flips, picture = self.flips(state)
+        self.send({"type": "exact", "seq": seq, **self._exact(state), "flips": flips}, [picture])
+        if state.speed is None:
+            await asyncio.sleep(REST)
+            async for speed in self._slices(self.speeds(state)):
+                best = speed
+            state.speed = best
+        self.send({"type": "rest", "seq": seq, "cells": self.cells(state), "notes": self.notes(state)})
 
     async def _count(self, seq: int, state: State, hurried: bool) -> None:
         """All images, a batch at a time; an estimate is sent where its interval has narrowed by a third; if ``hurried``, one will do till rest."""
-        estimates, shown = self.live.estimates(state.weights), 1.0
-        while (step := await self._beside(next, estimates, None)) is not None:
+        shown = 1.0
+        async for step in self._slices(self.live.estimates(state.weights)):
             estimate, answers = step
             if estimate and not estimate.exact and estimate.half < 0.7 * shown:
                 state.estimate, shown = estimate, estimate.half
@@ -185,6 +228,7 @@ class Explorer(Walk, anywidget.AnyWidget):
                     await asyncio.sleep(REST)
                     hurried = False
         await self._beside(self._finish, state, answers)
+        self.path.append(state.step())
 
     def _exact(self, state: State) -> dict[str, Any]:
         return {"accuracy": state.accuracy, "text": words.pct(state.accuracy), "cells": self.cells(state), "notes": self.notes(state),
@@ -207,19 +251,27 @@ class Explorer(Walk, anywidget.AnyWidget):
         self.send({"type": "pinned", "pins": [{"label": label, **pin} for label, pin in zip("AB", pins)]})
 
     def _on_guess(self, message: dict[str, Any]) -> None:
-        at = self.predict or message.get("knobs", {})
-        actual = self.live.accuracy(self.look({**self.start, **at}).weights)
-        self.guesses.append({"at": at, "guess": message["value"], "actual": actual})
-        off = 100 * (message["value"] - actual)
+        """Measure what was guessed: the knobs asked for, the others where the hand has them."""
+        at = {**self.start, **self._typed(message.get("knobs", {})), **(self.predict or {})}
+        self._guess = self._begin(self._reveal, message["value"], self.look(at))
+
+    async def _reveal(self, guess: float, state: State) -> None:
+        answers = torch.cat([part async for part in self._slices(self.live.batches(state.weights))])
+        actual = (answers == self.live.labels).double().mean().item()
+        self.guesses.append({"at": state.knobs, "guess": guess, "actual": actual})
+        off = 100 * (guess - actual)
         verdict = "spot on" if abs(off) < 1 else f"{abs(off):.0f} points too {'high' if off > 0 else 'low'}"
-        text = f"You said {words.pct(message['value'], 0)}; measured {words.pct(actual, 1)}: {verdict}."
-        self.send({"type": "guess", "value": message["value"], "actual": actual, "text": text})
+        text = f"You said {words.pct(guess, 0)}; measured {words.pct(actual, 1)}: {verdict}."
+        self.send({"type": "guess", "value": guess, "actual": actual, "text": text})
 
     def _on_seed(self, message: dict[str, Any]) -> None:
-        source = self.net.source
-        self._take(load_net(source["net"], source["data"], int(message["value"])))
+        """Another network of the kind: what is under way is of the old one and ends first."""
+        net = load_net(self.source["net"], self.source["data"], int(message["value"]))
+        self._end()
+        self.send({"type": "train"})
+        self._take(net)
         self.path.clear()
-        self.state = self.move(**self.state.knobs)
+        self.state = self._at(self.state.knobs)
         self.spec = self._spec()
         self._on_ready({})
 
@@ -227,18 +279,21 @@ class Explorer(Walk, anywidget.AnyWidget):
         self.path.clear()
 
     def _on_train(self, message: dict[str, Any]) -> None:
-        """Train what the state shown leaves, in a child process."""
-        if self.source is None or not self.listed:
-            why = "retraining beside the panel needs a network and a method of the kit's, which a second process finds by name"
+        """Train what the plan of these knobs leaves, in a child process."""
+        if not self.retrainable:
+            why = "retraining beside the panel needs a network, its data set and a method of the kit's, which a second process finds by name"
             raise ValueError(f"{why}; use fit(panel.model(), data)")
+        if not _looping():
+            raise RuntimeError("retraining beside the panel needs the event loop of a notebook; in a script use fit(panel.model(), data)")
         self._on_stop({})
+        _cancel(self._training)
         recipe = RECIPES[self.source["net"]]
         training = {"epochs": message.get("epochs", 1), "lr": recipe["lr"], "batch": recipe["batch"]}
         self._child = Child(**self.source, method=self.method.key, where=self.where, knobs=self.state.knobs, training=training)
-        self._training = asyncio.get_running_loop().create_task(self._train(self._child, self.state))
+        self._training = self._begin(self._train, self._child, self.state.untrained)
 
     def _on_stop(self, _: dict[str, Any]) -> None:
-        if self._child is not None and self._child.running:
+        if self._child is not None:
             self._child.stop()
 
     async def _train(self, child: Child, state: State) -> None:
@@ -253,21 +308,26 @@ class Explorer(Walk, anywidget.AnyWidget):
             self.send({"type": "train", **how})
             return
         found = await self._beside(self._fetch, child, state)
+        self.path.append(found.step())
         before = "not measured" if state.accuracy is None else words.pct(state.accuracy)
         text = f"retrained, {words.epochs(found)}: {words.pct(found.accuracy)} (before: {before})"
         self.send({"type": "train", "state": "done", "epoch": 1, "epochs": 1, "text": text, "point": words.point(found)})
-        if self.state is state:  # the hand has not moved on
+        if self.state.untrained is state:  # the hand has not moved on
             self.state = found
-            self._picture(found)
-            self._later(self._measure(self.seq, found))
+            self._show()
 
     def _fetch(self, child: Child, state: State) -> State:
         """What a child has trained, as a state."""
         return self.trained(state, load(child.path / "model.cml"), child.job["training"])
 
+    def _end(self) -> None:
+        """End what runs beside the panel; nothing of it is heard any more."""
+        self._on_stop({})
+        _cancel(self._task, self._training, self._guess)
+
     def close(self) -> None:
         """End what runs beside the panel, then the widget."""
-        self._on_stop({})
+        self._end()
         super().close()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
@@ -275,3 +335,9 @@ class Explorer(Walk, anywidget.AnyWidget):
         bundle = super()._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         return {**data, "text/plain": self.text(), "text/html": self.html()}, metadata
+
+
+def _cancel(*tasks: asyncio.Task | None) -> None:
+    for task in tasks:
+        if task is not None:
+            task.cancel()

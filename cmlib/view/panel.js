@@ -8,7 +8,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif";
 const INK = { text: "#1b2733", muted: "#56657a", grid: "#e1e6ec", track: "#e6ebf0", grey: "#98a6b5", pale: "#eef2f6",
-  blue: "#0072B2", vermillion: "#D55E00", vermillionText: "#b34a00", amber: "#E69F00", amberLine: "#b57a00", green: "#009E73" };
+  blue: "#0072B2", vermillion: "#D55E00", vermillionText: "#b34a00", amber: "#E69F00", green: "#009E73" };
 
 let made = 0;                                    // a fresh suffix for each id in the page, where every panel has a copy of this module
 const mine = Math.random().toString(36).slice(2, 8), uid = (word) => `pnl-${word}-${mine}-${++made}`;
@@ -199,7 +199,6 @@ const PALETTES = {
   sequential: ramp([[250, 252, 254], [148, 196, 226], BLUE, [0, 58, 102]]),
   diverging: ramp([[0, 84, 140], [30, 136, 196], PALE, [230, 128, 50], [190, 76, 0]]),
   grey: ramp([[0, 0, 0], [255, 255, 255]]),
-  mask: ramp([PALE, BLUE]),
 };
 
 /** A canvas of n pictures side by side; takes one byte a pixel (palette) or three (RGB). */
@@ -234,9 +233,8 @@ function makePixels(attributes = {}) {
 
 function histogramCard() {
   const grey = s("path", { fill: "#c3ccd6" }), blue = s("path", { fill: INK.blue }), axis = s("path", { stroke: INK.grey, "vector-effect": "non-scaling-stroke" });
-  const levels = s("path", { stroke: INK.text, "stroke-width": 1, "vector-effect": "non-scaling-stroke" });
   const cuts = s("path", { stroke: INK.vermillion, "stroke-width": 2, "vector-effect": "non-scaling-stroke" });
-  const svg = s("svg", { preserveAspectRatio: "none", role: "img" }, grey, blue, axis, levels, cuts);
+  const svg = s("svg", { preserveAspectRatio: "none", role: "img" }, grey, blue, axis, cuts);
   const label = h("div", { class: "pnl-cut" }), [left, zero, right] = ["", "", ""].map(() => h("span"));
   const caption = h("figcaption");
   const node = h("figure", { class: "pnl-card pnl-histogram" }, h("div", { class: "pnl-cut-rail" }, label), svg,
@@ -251,7 +249,6 @@ function histogramCard() {
     assign(grey, { d: bars(card.counts, most) });
     assign(blue, { d: bars(card.kept ?? [], most) });
     assign(axis, { d: `M0 100H${n}` });
-    assign(levels, { d: lines(card.levels ?? []) });
     assign(cuts, { d: card.cut == null ? "" : lines([-card.cut, card.cut]) });
     // left p % of the rail and back p % of the label's own width: never over the edge
     const p = card.cut == null ? 50 : clamp((100 * x(card.cut)) / n, 0, 100);
@@ -271,7 +268,6 @@ function imageCard() {
     pixels.draw(buffers[card.buffer], card);
     assign(pixels.canvas, { "aria-label": card.alt ?? card.caption });
     node.classList.toggle("pnl-wide", card.w > 1.8 * card.h);
-    pixels.canvas.style.width = card.zoom ? `${(card.w * card.zoom) / 13}em` : "";
     write(caption, card.caption ?? "");
   }
   return { node, update };
@@ -308,44 +304,7 @@ function barsCard() {
   } };
 }
 
-/** Round places between lo and hi, some four of them. */
-function ticks(lo, hi, least = 0) {
-  const rough = Math.max((hi - lo || 1) / 4, least), decade = 10 ** Math.floor(Math.log10(rough));
-  const step = decade * [1, 2, 5, 10].find((k) => k * decade >= rough * 0.999);
-  return Array.from({ length: Math.floor((hi - lo) / step) + 2 }, (_, i) => (Math.ceil(lo / step) + i) * step).filter((v) => v <= hi + step / 1e6);
-}
-
-function lineCard() {
-  const title = h("h3"), svg = s("svg", { viewBox: "0 -6 400 214", role: "img", "font-family": FONT, "font-size": 12 });
-  const node = h("figure", { class: "pnl-card pnl-line" }, title, svg);
-  const style = [[INK.blue, ""], [INK.vermillion, "7 4"], [INK.green, "2 3"], [INK.amberLine, "9 3 2 3"]];
-  function update(card) {
-    const scale = card.ylog ? (v) => Math.log10(Math.max(v, 1e-12)) : (v) => v;
-    const all = card.series.flatMap((one) => one.y).map(scale), [low, y1] = [Math.min(...all), Math.max(...all)];
-    const y0 = !card.ylog && low > 0 && low < 0.4 * y1 ? 0 : low;
-    const [x0, x1] = [Math.min(...card.x), Math.max(...card.x)];
-    const X = (v) => 46 + (320 * (v - x0)) / (x1 - x0 || 1), Y = (v) => 168 - (146 * (scale(v) - y0)) / (y1 - y0 || 1);
-    const word = (x, y, text, more = {}) => s("text", { x, y, fill: INK.muted, ...more }, text);
-    const back = card.ylog ? (v) => 10 ** v : (v) => v, middle = { "text-anchor": "middle" }, end = { "text-anchor": "end" };
-    write(title, card.title ?? "");
-    assign(svg, { "aria-label": card.alt ?? `${card.title}: ${card.series.map((one) => one.label).join(", ")}` });
-    svg.replaceChildren(
-      ...ticks(y0, y1, card.ylog ? 1 : 0).flatMap((v) => [s("path", { d: `M46 ${Y(back(v))}H366`, stroke: INK.grid }), word(40, Y(back(v)) + 4, short(back(v)), end)]),
-      ...ticks(x0, x1).map((v) => word(X(v), 184, short(v), middle)),
-      word(206, 202, card.xlabel ?? "", middle), word(46, 10, card.ylabel ?? ""),
-      ...(card.cut == null ? [] : [s("path", { d: `M${X(card.cut)} 18V168`, stroke: INK.vermillion, "stroke-width": 2 })]),
-      ...card.series.flatMap((one, i) => {
-        const [colour, dash] = style[i % style.length];
-        const d = one.y.map((v, k) => `${k ? "L" : "M"}${X(card.x[k]).toFixed(1)} ${Y(v).toFixed(1)}`).join("");
-        return [s("path", { d, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash }),
-          s("path", { d: `M236 ${26 + 16 * i}h22`, stroke: colour, "stroke-width": 2, "stroke-dasharray": dash }),
-          word(264, 30 + 16 * i, one.label, { fill: INK.text })];
-      }));
-  }
-  return { node, update };
-}
-
-const CARDS = { histogram: histogramCard, image: imageCard, strip: stripCard, bars: barsCard, line: lineCard };
+const CARDS = { histogram: histogramCard, image: imageCard, strip: stripCard, bars: barsCard };
 
 /** Three pictures in the first column and the bars under the path; with more pictures, those go there and the bars change sides. */
 function makeCards(first, second) {
@@ -682,7 +641,7 @@ function makeTwin() {
     nameCells(rows);
     layers.fill(cards.filter((c) => c.kind === "bars").flatMap((c) => c.rows.map((row) => [row.label, row.text ?? percent(row.share)])));
     classes.fill(veil ? [] : state.worst.map((row) => [row.label, percent(row.dense), percent(row.now)]));
-    walk.fill(veil ? [] : walked.map((p, i) => [i + 1, Math.round(p.bytes).toLocaleString("en"), percent(p.accuracy, 2), stateText(p.knobs)]));
+    walk.fill(veil ? [] : walked.map((p, i) => [i + 1, Math.round(p.bytes).toLocaleString("en"), percent(p.accuracy, 2), stateText(p)]));
     for (const table of [layers, classes, walk]) table.node.hidden = !table.body.rows.length;
     write(flips, veil || !state.flips?.labels ? "" : `Answers that flipped${state.flips.total == null ? "" : `, ${state.flips.total} in all`}; some of them, truth: before→now: ${state.flips.labels.map(flipText).join("; ")}.`);
     fillList(pictures, cards.filter((c) => c.alt || c.caption), () => {
@@ -693,7 +652,8 @@ function makeTwin() {
   }
   return { node, update };
 }
-const stateText = (knobs) => Object.entries(knobs ?? {}).map(([name, value]) => `${name} ${value}`).join(", ");
+const stateText = ({ knobs, epochs }) => [...Object.entries(knobs ?? {}).map(([name, value]) => `${name} ${value}`),
+  ...(epochs ? [`retrained, ${epochs} epoch${epochs > 1 ? "s" : ""}`] : [])].join(", ");
 
 // ------------------------------------------------------------------ take away
 
@@ -711,8 +671,8 @@ function plotFile(svg, title) {
 function pathFile(walked) {
   const names = [...new Set(walked.flatMap((p) => Object.keys(p.knobs ?? {})))];
   const quote = (x) => (/[",\n]/.test(String(x ?? "")) ? `"${String(x).replace(/"/g, '""')}"` : String(x ?? ""));
-  const rows = walked.map((p, i) => [i + 1, p.bytes, p.accuracy, ...names.map((name) => p.knobs?.[name])]);
-  return [["step", "bytes", "accuracy", ...names], ...rows].map((row) => row.map(quote).join(",")).join("\n") + "\n";
+  const rows = walked.map((p, i) => [i + 1, p.bytes, p.accuracy, ...names.map((name) => p.knobs?.[name]), p.epochs]);
+  return [["step", "bytes", "accuracy", ...names, "epochs"], ...rows].map((row) => row.map(quote).join(",")).join("\n") + "\n";
 }
 
 function makeTakeAway(state, svg, say) {
@@ -744,7 +704,7 @@ function makeTakeAway(state, svg, say) {
 
 const freshState = () => ({ spec: {}, values: {}, layer: null, pictureSeq: -1, estimateSeq: -1, exactSeq: -1, cards: [], buffers: [], cells: [],
   notes: [], lateNotes: null, point: null, text: "", walked: [], published: [], dense: null, worst: [], flips: null, flipBuffers: [],
-  pins: [], guess: null, reveal: "", veil: false, train: null, line: "", error: "", keptNote: "", asked: new Map() });
+  pins: [], guess: null, reveal: "", veil: false, train: null, line: "", error: "", asked: new Set() });
 
 function makePanel(model, el) {
   const state = freshState();
@@ -766,7 +726,7 @@ function makePanel(model, el) {
   const error = h("div", { class: "pnl-error", role: "alert", "data-role": "error", hidden: true });
   const predict = makePredict(lockIn, () => { state.veil = false; mark("all"); });
   const plot = makePlot(), takeAway = makeTakeAway(state, plot.svg, say);
-  const keptNote = h("p", { class: "pnl-kept-note" }), pictures = h("div", { class: "pnl-pictures" });
+  const pictures = h("div", { class: "pnl-pictures" });
   const bars = h("div", { class: "pnl-second" }), tools = h("div", { class: "pnl-tools" }, button("clear path", "clear", forgetPath), takeAway.menu);
   const plotBox = h("figure", { class: "pnl-plot" }, h("h3", {}, "accuracy against bytes on disk: the path you walked"), plot.svg,
     takeAway.spare);
@@ -778,17 +738,14 @@ function makePanel(model, el) {
   const keep = (e) => { if (!e.ctrlKey && !e.metaKey && !e.altKey && !e.shiftKey && !["Tab", "Escape"].includes(e.key)) e.stopPropagation(); };
   const root = h("article", { class: "pnl", "data-role": "panel", "data-lm-suppress-shortcuts": true, onkeydown: keep }, header, controls, training, error, predict.node,
     h("div", { class: "pnl-main" },
-      h("section", { class: "pnl-box pnl-stage", "aria-label": "pictures" }, h("div", { class: "pnl-left" }, pictures, keptNote), h("div", { class: "pnl-right" }, plotBox, bars)),
+      h("section", { class: "pnl-box pnl-stage", "aria-label": "pictures" }, h("div", { class: "pnl-left" }, pictures), h("div", { class: "pnl-right" }, plotBox, bars)),
       h("section", { class: "pnl-lower", "aria-label": "figures" }, figures.node, notes)),
     forgets.node, compare.node, twin.node, said);
   el.replaceChildren(h("div", { class: "pnl-room" }, root));
 
   // ---- painting: one frame for whatever is dirty
   const painters = {
-    cards() {
-      drawCards(state.cards, state.buffers);
-      write(keptNote, state.keptNote);
-    },
+    cards: () => drawCards(state.cards, state.buffers),
     plot: () => plot.update(state),
     figures() {
       figures.fill(shownCells(state));
@@ -832,13 +789,12 @@ function makePanel(model, el) {
     const move = body();
     asker.ask(move);
     root.dataset.asked = asker.newest;
-    state.asked.set(move.seq, move.knobs);
-    for (const seq of state.asked.keys()) if (seq < move.seq - 200) state.asked.delete(seq);
+    state.asked.add(move.seq);
+    for (const seq of state.asked) if (seq < move.seq - 200) state.asked.delete(seq);
   }
   function turn(values) { for (const [name, value] of Object.entries(values)) knobs.get(name)?.set(value); }
   function goBack() {
     turn(Object.fromEntries((state.spec.knobs ?? []).map((knob) => [knob.name, knob.value])));
-    if (state.spec.layer) layer.set(state.spec.layer.value);
     ask();
   }
   function forgetPath() {
@@ -894,10 +850,9 @@ function makePanel(model, el) {
   }
 
   // ---- hearing
-  const stepOn = (point, seq) => {               // a new exact point joins the path
-    const last = state.walked.at(-1);
-    if (!known(point) || (last?.bytes === point.bytes && last?.accuracy === point.accuracy)) return;
-    state.walked.push({ knobs: state.asked.get(seq) ?? state.values, ...point });
+  const same = (a, b) => a?.bytes === b.bytes && a.accuracy === b.accuracy && stateText(a) === stateText(b);
+  const stepOn = (point) => {                    // a new exact point joins the path
+    if (known(point) && !same(state.walked.at(-1), point)) state.walked.push(point);
   };
   const hear = {
     picture(message, buffers) {
@@ -910,7 +865,7 @@ function makePanel(model, el) {
         if (message.layer) layer?.set(message.layer);
       }
       Object.assign(state, { pictureSeq: seq, cards: message.cards ?? [], buffers, cells: message.cells ?? state.cells, notes: message.notes ?? [], lateNotes: null,
-        point: message.point ? { ...message.point } : state.point, line: message.line ?? state.line, text: "", error: "", keptNote: message.kept_note ?? "" });
+        point: message.point ? { ...message.point } : state.point, line: message.line ?? state.line, text: "", error: "" });
       if (state.guess && !state.guess.bytes && seq >= state.guess.seq) state.guess.bytes = message.point?.bytes;
       mark("cards", "plot", "figures", "forgets", "twin", ...(state.pins.length ? ["compare"] : []));
     },
@@ -922,10 +877,10 @@ function makePanel(model, el) {
     exact(message, buffers) {
       state.exactSeq = message.seq;
       measured(message, { half: 0 });
-      stepOn(state.point, message.seq);
+      stepOn(state.point);
       Object.assign(state, { worst: message.worst ?? [], flips: message.flips ?? null, flipBuffers: buffers });
       state.lateNotes = message.notes ?? state.lateNotes;
-      if (!state.veil) say(`Accuracy ${state.text}, file ${state.point?.label ?? ""}, at ${stateText(state.asked.get(message.seq) ?? state.values)}.`);
+      if (!state.veil) say(`Accuracy ${state.text}, file ${state.point?.label ?? ""}, at ${stateText(state.point)}.`);
       mark("plot", "figures", "forgets", "twin", ...(state.pins.length ? ["compare"] : []));
     },
     rest(message) {
@@ -936,11 +891,11 @@ function makePanel(model, el) {
     pinned({ pins }) { state.pins = pins ?? []; mark("compare", "plot", "twin"); },
     train(message) {
       state.train = message;
-      if (known(message.point)) stepOn({ ...message.point, half: 0 }, state.pictureSeq);
+      stepOn(message.point);
       mark("train", "plot", "twin");
     },
-    guess({ value, actual, text, bytes }) {
-      state.guess = { seq: 0, ...state.guess, accuracy: value, bytes: bytes ?? state.guess?.bytes ?? state.point?.bytes };
+    guess({ value, actual, text }) {
+      state.guess = { seq: 0, ...state.guess, accuracy: value, bytes: state.guess?.bytes ?? state.point?.bytes };
       state.reveal = text ?? `Your guess: ${percent(value, 0)}; measured: ${percent(actual, 1)}.`;
       state.veil = false;
       mark("all");

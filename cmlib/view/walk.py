@@ -8,27 +8,33 @@ from __future__ import annotations
 import csv
 import html
 import io
+import math
 import tempfile
+import warnings
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Plan, Planner, attach_plan, baked, plan_of
+from ..core.apply import Plan, Planner, attach_plan, baked, plan_of, weighted
 from ..core.method import Method
+from ..lab.cost import multiply_adds
 from ..lab.data import Data
 from ..lab.files import length, save, sizes
-from ..lab.measure import measure
+from ..lab.measure import latency
 from ..lab.train import predict
 from ..lab.zoo import checkpoint, load_net
 from ..methods import catalog
 from . import cards, words
 from .live import Live
-from .words import Dense, State, Step
+from .words import Dense, Speed, State, Step
 
 SHOWN = 12  # flipped images that are shown
+SLICES, ROUNDS = 3, 5  # the latency is timed in slices, each so many rounds
 OWN = "a function of your own"  # the source of a method that is a plain function
 NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net",
         "mlp": "64-32-10 net", "cnn": "small CNN"}  # fmt: skip
@@ -46,7 +52,7 @@ class Walk:
         self.path: list[Step] = []
         self._take(net)
         self.layer = self._covered(layer or next(iter(self.planner.layers)))
-        self.state = self.move(**self.start)
+        self.state = self._at(self.start)
 
     def _take(self, net: nn.Module) -> None:
         """Make ``net`` the network that the panel acts on."""
@@ -55,11 +61,17 @@ class Walk:
         self.live = Live(net, self.data, part=self.part)
         size = sizes_of(net)
         self.header_bytes = size["header"]
-        self.dense = Dense(self.live.accuracy(), size["file"])
+        self.dense = Dense(self.live.accuracy(), size["file"], multiply_adds(self.live.model, self.live.starts[0][0][:1]))
         covered = sum(size["layers"].get(n, w.numel() * w.element_size()) for n, w in self.planner.weights.items())
         self.rest_bytes = size["arrays"] - covered
-        self.views = {n: cards.LayerView(n, w) for n, w in self.planner.weights.items()}
+        first, image = next(iter(weighted(net))), self._image()
+        self.views = {n: cards.LayerView(n, w, image if n == first else None) for n, w in self.planner.weights.items()}
         self.pictured, self.maps = deepcopy(self.live.model), {}  # feature maps have a model of their own: the other may be measuring
+
+    def _image(self) -> tuple[int, int, int] | None:
+        """(channels, height, width) of an image that the network's first layer reads pixel by pixel."""
+        shape, (_, *inputs) = self.live.images.shape[1:], next(iter(weighted(self.net).values())).weight.shape
+        return (math.prod(shape[:-2]), *shape[-2:]) if len(shape) > 1 and inputs == [math.prod(shape)] else None
 
     def _covered(self, layer: str) -> str:
         if layer not in self.planner.layers:
@@ -73,30 +85,43 @@ class Walk:
         """Whether the method can be found by its key."""
         return catalog().get(self.method.key) is self.method
 
+    @property
+    def retrainable(self) -> bool:
+        """Whether another process can find the network, the method and the data by name."""
+        return bool(self.source) and self.listed and isinstance(self.data, Data) and self.data.name == self.source["data"]
+
     def look(self, knobs: dict[str, Any]) -> State:
         """The plan of these knobs and its size; nothing is measured yet."""
-        return self._state(self.method.bind(knobs), self.planner(**knobs))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            plan = self.planner(**knobs)
+        warned = [str(w.message) for w in said if issubclass(w.category, UserWarning)]
+        return self._state(self.method.bind(knobs), plan, warned=warned)
 
     def _state(self, knobs: dict[str, Any], plan: Plan, **more: Any) -> State:
         packed = sum(p.bits() for p in plan.values()) // 8
         return State(knobs, plan, self.live.model, packed, packed + self.rest_bytes + self.header_bytes, source=self.source, **more)
 
     def trained(self, state: State, net: nn.Module, training: dict[str, Any]) -> State:
-        """The state that training made of ``state``, measured; ``net`` is the trained network. The point joins the path."""
-        found = self._state(state.knobs, plan_of(net), net=baked(net), training=training)
+        """The state that training made of ``state``, measured; ``net`` is the trained network."""
+        found = self._state(state.knobs, plan_of(net), net=baked(net), training=training, before=state)
         self._finish(found, predict(found.net, self.live.images).argmax(1))
         return found
 
     def move(self, **knobs: Any) -> State:
         """Go to these knobs (the others stay), measure the exact accuracy, and add the point to the path."""
-        before = self.state.knobs if self.path else self.start
-        state = self.look({**before, **knobs})
+        self.state = self._at({**self.state.knobs, **knobs})
+        return self.state
+
+    def _at(self, knobs: dict[str, Any]) -> State:
+        """The state of these knobs, measured; the point joins the path."""
+        state = self.look(knobs)
         self._finish(state, self.live.answers(state.weights))
-        self.state = state
+        self.path.append(state.step())
         return state
 
     def _finish(self, state: State, answers: Tensor) -> None:
-        """Everything that follows from the answers on all images; the file is written for its size, and the point joins the path."""
+        """Everything that follows from the answers on all images; the size is that of the file that ``save`` would write."""
         state.answers = answers
         state.accuracy = (answers == self.live.labels).double().mean().item()
         dense, now = self.live.by_class(self.live.dense), self.live.by_class(answers)
@@ -104,7 +129,7 @@ class Walk:
         order = there[(now - dense)[there].argsort(stable=True)[:3]].tolist()
         state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
         state.file_bytes, state.weighed = length(state.net or self.pictured, {**self.planner.previous, **state.plan}), True
-        self.path.append(state.step())
+        state.index = words.index_bits(state.plan)
 
     def class_name(self, c: int) -> str:
         return self.data.classes[c] if isinstance(self.data, Data) else str(c)
@@ -177,17 +202,17 @@ class Walk:
         return f"<table><caption>{title}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p><code>{line}</code></p>"
 
     def path_csv(self) -> str:
-        """The path walked, one line a state: its knobs, weights kept, bytes on disk, accuracy."""
+        """The path walked, one line a state: its knobs, epochs of retraining, weights kept, bytes on disk, accuracy."""
         out = io.StringIO()
         table = csv.writer(out, lineterminator="\n")
-        table.writerow([*self.method.knobs, "weights_kept", "file_bytes", "accuracy"])
-        table.writerows([*s.knobs.values(), s.kept, s.file_bytes, s.accuracy] for s in self.path)
+        table.writerow([*self.method.knobs, "epochs", "weights_kept", "file_bytes", "accuracy"])
+        table.writerows([*s.knobs.values(), s.epochs, s.kept, s.file_bytes, s.accuracy] for s in self.path)
         return out.getvalue()
 
     def subtitle(self) -> str:
-        source = self.source
-        name = f"{NETS[source['net']]} on {SETS[source['data']]}" if source else f"{type(self.net).__name__} of your own"
-        return f"{name} · {len(self.live.labels):,} {self.part} images · nothing here is replayed: the knobs act on the network"
+        net = NETS[self.source["net"]] if self.source else f"{type(self.net).__name__} of your own"
+        data = SETS.get(self.data.name, self.data.name) if isinstance(self.data, Data) else "data of your own"
+        return f"{net} on {data} · {len(self.live.labels):,} {self.part} images · nothing here is replayed: the knobs act on the network"
 
     def model(self, state: State | None = None) -> nn.Module:
         """A copy of the network with the state's plan attached: what ``line`` would make."""
@@ -209,10 +234,14 @@ class Walk:
         size = {"n": len(names), "h": pictures.shape[1], "w": pictures.shape[2], "palette": palette}
         return {**size, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
 
-    def rest(self, state: State) -> None:
-        """Measure what takes too long for a moving hand: operations, and the latency beside the dense network's."""
-        one = self.live.images[:1], self.live.labels[:1]
-        state.row = measure(self.model(state), reference=self.net, data=one, rounds=15, threads=torch.get_num_threads())
+    def speeds(self, state: State) -> Iterator[Speed]:
+        """Operations, and the latency beside the dense network's: what takes too long for a moving hand, better known after each slice."""
+        models, x = {"dense": baked(self.net), "now": baked(self.model(state))}, self.live.starts[0][0][:1]
+        times, count = [], multiply_adds(models["now"], x)
+        for _ in range(SLICES):
+            times.append(latency(models, x, ROUNDS, torch.get_num_threads()))
+            known = pd.concat(times).groupby(level=0, sort=False).median()
+            yield Speed(count, *known.ms, known.ratio["now"])
 
 
 def shipped(net: nn.Module) -> dict[str, Any] | None:

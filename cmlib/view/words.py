@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..core.apply import Plan, substituted
 from ..core.knobs import Knob, Span
 from ..core.select import is_n_of_m
-from ..lab.measure import Row
 from .live import Estimate
 
 KNOB_LABELS = {"keep": "keep, share of weights", "lam": "λ, strength of the penalty", "c": "c, threshold in standard deviations"}
@@ -23,16 +22,28 @@ class Dense:
 
     accuracy: float
     file_bytes: int
+    multiply_adds: int  # of one image
 
 
 @dataclass(frozen=True)
 class Step:
-    """A measured point of the path: the knobs, weights kept, bytes of the written file, exact accuracy."""
+    """A measured point of the path: the knobs, epochs of retraining, weights kept, bytes of the written file, exact accuracy."""
 
     knobs: dict[str, Any]
+    epochs: int  # 0 where nothing was retrained
     kept: int
     file_bytes: int
     accuracy: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Multiply-adds of one image, and the median milliseconds of its forward pass beside the dense network's."""
+
+    multiply_adds: int
+    dense_ms: float
+    ms: float
+    ratio: float  # of dense over now, the models taking turns
 
 
 @dataclass(eq=False)
@@ -48,20 +59,33 @@ class State:
     accuracy: float | None = None
     answers: Tensor | None = None  # of the network on every image, once the accuracy is exact
     weighed: bool = False  # whether file_bytes was read off a written file, or reckoned with the dense file's header
-    row: Row | None = None
+    index: tuple[float, float] | None = None  # bits of value and of index that a weight costs where indices are stored, once weighed
+    speed: Speed | None = None
     worst: list[dict[str, Any]] = field(default_factory=list)
     source: dict[str, Any] | None = None  # how the kit makes the network that it is a state of
     net: nn.Module | None = None  # what training made of it, with plain weights; None while only the plan differs from the dense network
     training: dict[str, Any] = field(default_factory=dict)  # the settings of that training
+    before: State | None = None  # the state that the training began with
+    warned: list[str] = field(default_factory=list)  # what the plan warned of
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The parameters that the plan puts in place, by name."""
         return substituted(self.given, self.plan)
 
+    @property
+    def untrained(self) -> State:
+        """The state of the same knobs before any training."""
+        return self.before or self
+
+    @property
+    def epochs(self) -> int:
+        """How long it was trained."""
+        return self.training.get("epochs", 0)
+
     def step(self) -> Step:
         """What the path remembers of it."""
-        return Step(self.knobs, self.kept, self.file_bytes, self.accuracy)
+        return Step(self.knobs, self.epochs, self.kept, self.file_bytes, self.accuracy)
 
     @property
     def kept(self) -> int:
@@ -78,7 +102,7 @@ def cells(state: State, dense: Dense) -> list[list[str]]:
     return [*_accuracy(state, dense.accuracy),
             ["weights kept", f"{state.total:,}", f"{state.kept:,}", times(state.total, state.kept)],
             ["file on disk", size_text(dense.file_bytes), size, times(dense.file_bytes, state.file_bytes)],
-            *_speed(state.row)]  # fmt: skip
+            *_speed(state.speed, dense.multiply_adds)]  # fmt: skip
 
 
 def _accuracy(state: State, dense: float) -> list[list[str]]:
@@ -88,43 +112,56 @@ def _accuracy(state: State, dense: float) -> list[list[str]]:
     return [["accuracy, estimate", pct(dense), estimate, ""], ["accuracy, exact", pct(dense), exact, change]]
 
 
-def _speed(row: Row | None) -> list[list[str]]:
-    if row is None:
+def _speed(speed: Speed | None, before: int) -> list[list[str]]:
+    if speed is None:
         return [["multiply-adds", "…", "…", "at rest"], ["latency, batch 1", "…", "…", "at rest"]]
-    before, after = row.dense.multiply_adds, row.multiply_adds
-    return [["multiply-adds", f"{before / 1e3:,.0f} k", f"{after / 1e3:,.0f} k", times(before, after)],
-            ["latency, batch 1", f"{row.dense.latency_ms:.2f} ms", f"{row.latency_ms:.2f} ms", f"{row.latency_ratio:.2f}×"]]  # fmt: skip
+    now = speed.multiply_adds
+    return [["multiply-adds", f"{before / 1e3:,.0f} k", f"{now / 1e3:,.0f} k", times(before, now)],
+            ["latency, batch 1", f"{speed.dense_ms:.2f} ms", f"{speed.ms:.2f} ms", f"{speed.ratio:.2f}×"]]  # fmt: skip
 
 
 def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     """What the figures mean, and why some did not move."""
     empty = [n for n, p in state.plan.items() if p.kept == 0]
     found = [note("info", "Trained on.", f"What was left was trained for {epochs(state)}.")] if state.net else []
+    found += [note("warn", "Warning.", f"{'; '.join(state.warned)}.")] if state.warned else []
     found += [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: it passes on nothing but its bias.")] if empty else []
     title = f"{times(state.total, state.kept)} fewer weights, {times(dense.file_bytes, state.file_bytes)} smaller file."
     found.append(note("info", title, _storage(state)))
     if is_n_of_m(state.knobs.get("unit", "")):
         found.append(note("info", f"{state.knobs['unit']} fixes the share.", "So many weights of every group stay, whatever keep says."))
     if state.kept < state.total:
-        found.append(note("warn", "Why did the multiply-adds not move?", "The mask sits in a dense matrix: the zeros are still multiplied."))
+        why = "The mask sits in a dense matrix: the zeros are still multiplied"
+        until = ", until bake(model) removes the filters for real" if state.knobs.get("unit") == "filter" else ""
+        found.append(note("warn", "Why did the multiply-adds not move?", f"{why}{until}."))
     return found
 
 
 def _storage(state: State) -> str:
-    formats = sorted({p.format() for p in state.plan.values()})
+    formats = sorted({p.format() for p in state.plan.values()} - {"dense"})
     if state.kept == state.total:
         return "Every weight stays."
-    if formats == ["dense"]:
+    if not formats:
         return "Stored dense: the zeros are written like any other value."
-    values = sum(p.kept * p.values.element_size() for p in state.plan.values())
-    index = 8 * (state.packed_bytes - values) / max(1, state.kept)
-    value = 8 * values / max(1, state.kept)
-    return f"Each kept weight also stores where it sits ({', '.join(formats)}): {index:.1f} bits of index beside {value:.0f} of value."
+    fillers = ", fillers between far weights included," if "relative" in formats else ""
+    bits = f": {state.index[0]:.1f} bits of value{fillers} and {state.index[1]:.1f} bits of index" if state.index else ""
+    return f"Each kept weight also stores where it sits ({', '.join(formats)}){bits}."
+
+
+def index_bits(plan: Plan) -> tuple[float, float] | None:
+    """Bits of value and of index that a kept weight costs in the layers that store where it sits; None where none does."""
+    stored = [p for p in plan.values() if p.kept and p.format() != "dense"]
+    if not stored:
+        return None
+    arrays = [(name, a.nbytes) for p in stored for name, a in p.arrays().items()]
+    values, kept = sum(size for name, size in arrays if name == "values"), sum(p.kept for p in stored)
+    return 8 * values / kept, 8 * (sum(size for _, size in arrays) - values) / kept
 
 
 def point(state: State | Step) -> dict[str, Any]:
-    """The state on the plot of accuracy against bytes."""
-    found = {"bytes": state.file_bytes, "label": size_text(state.file_bytes)}
+    """The state on the plot of accuracy against bytes, and what made it."""
+    knobs = {n: v for n, v in state.knobs.items() if v is not None}
+    found = {"bytes": state.file_bytes, "label": size_text(state.file_bytes), "knobs": knobs, "epochs": state.epochs}
     if state.accuracy is not None:
         return {**found, "accuracy": state.accuracy}
     return {**found, "accuracy": state.estimate.accuracy, "half": state.estimate.half} if state.estimate else found
@@ -132,8 +169,7 @@ def point(state: State | Step) -> dict[str, Any]:
 
 def epochs(state: State) -> str:
     """How long a state was trained."""
-    count = state.training["epochs"]
-    return f"{count} epoch{'s' * (count > 1)}"
+    return f"{state.epochs} epoch{'s' * (state.epochs > 1)}"
 
 
 def note(tone: str, title: str, text: str) -> dict[str, str]:
