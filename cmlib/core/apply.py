@@ -128,7 +128,13 @@ class Planner:
         """The plan of a method that makes its masks itself."""
         if not self.previous.keys().isdisjoint(self.layers):
             raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it baked(model)")
-        return {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
+        made = {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
+        if self.method.filters is None or not call(self.method.filters, {}, knobs):
+            return made
+        alone = {g.first: g.vectors for g in self.structure.groups if len(g.makers) == 1}
+        if not made.keys() & alone:
+            raise ValueError(f"{self.method.key} cannot take filters of {', '.join(made)} one by one: a sum ties them to other layers'")
+        return {n: replace(p, vectors=alone[n]) for n, p in made.items() if n in alone}
 
     def _filters(self, ranking: Ranking, knobs: dict[str, Any]) -> Plan:
         """Filters with all that belongs to their channels, in every layer that is tied to a covered one; the network's outputs stay."""
@@ -459,10 +465,10 @@ def attached_hooks(model: nn.Module, epoch: int = 1) -> list[Hook]:
 
 
 def penalty(model: nn.Module, examples: int, progress: float) -> Tensor | float:
-    """The sum of what attached methods add to the task's mean loss."""
+    """The sum of what attached methods add to the task's mean loss. It is not another training forward: nothing is drawn or counted twice."""
     available = {"examples": examples, "progress": progress}
     terms = [
-        call(a.method.training.penalty, {**available, "packed": a.packed(latent(layer), a.training)}, a.knobs)
+        call(a.method.training.penalty, {**available, "packed": a.packed(latent(layer))}, a.knobs)
         for _, layer, a in attached(model)
         if a.method is not None and a.method.training.penalty
     ]

@@ -41,7 +41,8 @@ class Method:
 
     ``joint``: the function sees all covered weights laid end to end as one vector. ``repair(w, mask, <evidence>, **knobs)`` rewrites
     the weights that stay; ``rebuild(rows, <evidence>, **knobs)`` gives the next layer's weight, shaped as ``next_w``, for the channels
-    ``rows`` that stay. ``training`` is what it wants of training. ``exempt`` names laws that it cannot meet, with the reason.
+    ``rows`` that stay. ``training`` is what it wants of training. ``filters(**knobs)``: whether a method that makes its own masks removes
+    filters whole. ``exempt`` names laws that it cannot meet, with the reason.
     """
 
     fn: Callable
@@ -52,6 +53,7 @@ class Method:
     repair: Callable | None = None
     rebuild: Callable | None = None
     training: Training = Training()
+    filters: Callable[..., bool] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
 
@@ -106,7 +108,7 @@ class Method:
 
 def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
     def decorator(paper: str, *, chapter: str, **how: Any) -> Callable[[Callable], Method]:
-        settings = {k: how.pop(k) for k in ("joint", "repair", "rebuild", "training", "exempt") if k in how}
+        settings = {k: how.pop(k) for k in ("joint", "repair", "rebuild", "training", "filters", "exempt") if k in how}
         return lambda fn: Method(fn, kind, paper, chapter, defaults=how, **settings)
 
     decorator.__name__ = kind

@@ -6,9 +6,9 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import prune
+from . import prune, structures
 
-CHAPTERS: tuple[ModuleType, ...] = (prune,)
+CHAPTERS: tuple[ModuleType, ...] = (prune, structures)
 
 
 def catalog() -> dict[str, Method]:
