@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .evidence import Evidence
-from .inputs import as_input, device_of, pair_of
+from .inputs import as_input, device_of, dtype_of, pair_of
 
 Vectors = tuple[tuple[str, int], ...]  # (parameter, where the layer's channels start in it)
 
@@ -46,7 +46,7 @@ def example_of(model: nn.Module, data: Any = None) -> Tensor:
         return as_input(pair_of(data, "train")[0][:1], model).to(device_of(model))
     if not hasattr(model, "input_shape"):
         raise UntraceableError("which channels belong together is found by running one image through the network: pass data=(images, labels)")
-    return torch.zeros(1, *model.input_shape, device=device_of(model))
+    return torch.zeros(1, *model.input_shape, dtype=dtype_of(model), device=device_of(model))
 
 
 def groups(model: nn.Module, example: Tensor) -> list[Group]:

@@ -231,7 +231,7 @@ def _second_moment(x: Tensor) -> Tensor:
 
 
 def lasso_problem(next_acts_in: Tensor, next_w: Tensor) -> tuple[Tensor, Tensor]:
-    """G = Z^T Z / N and c = Z^T y / N for the columns z_i = vec(X_i W_i^T), ||W_i||_F = 1, and y = vec(X W^T): beta_i = ||W_i||_F gives it exactly."""
+    """G = Z^T Z / N and c = Z^T y / N for z_i = vec(X_i W_i^T), ||W_i||_F = 1, and y = vec(X W^T), which beta_i = ||W_i||_F gives exactly."""
     channels, w = next_w.shape[1], next_w.double()
     norms = torch.linalg.vector_norm(w, dim=(0, 2))
     w = (w / norms.clamp(min=torch.finfo(w.dtype).tiny)[:, None]).flatten(1)
