@@ -7,29 +7,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
-from . import readme, tables
+from ..lab.runs import machine
+from . import readme, structures, tables
 
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse,
-    "notebooks": tables.notebooks,
+    "structures": structures.structures, "notebooks": tables.notebooks,
 }  # fmt: skip
-
-
-def machine() -> str:
-    """The machine and the versions behind the figures."""
-    cpu = platform.processor() or platform.machine()
-    found = Path("/proc/cpuinfo")
-    if found.exists():
-        cpu = next((line.split(":")[1].strip() for line in found.read_text().split("\n") if line.startswith("model name")), cpu)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, {versions}, {time.strftime('%Y-%m-%d')}"
 
 
 def main() -> None:
@@ -41,7 +30,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    measured = f"_Measured on {machine()}._"
+    measured = f"_Measured on {machine()}, {time.strftime('%Y-%m-%d')}._"
     print(measured)
     for name in asked.only.split(","):
         lines = []

@@ -1,0 +1,117 @@
+"""Chapter 03's tables: one residual net made twice as fast by each way of judging a filter, beside its controls; runs are stored as they are trained."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ..core.bake import bake
+from ..core.inputs import as_input
+from ..lab import runs
+from ..lab.cost import multiply_adds
+from ..lab.data import load_data
+from ..lab.measure import latency
+from ..lab.ratios import solve
+from ..lab.train import evaluate, fit
+from ..lab.zoo import SEEDS, build, load_net, recipe
+from .tables import heading, line
+
+NET, DATA = "resnet", "fashion_mnist"
+SHARE = 0.25  # of the dense network's multiply-adds
+EPOCHS = 6  # of training after pruning, for every network alike
+METHODS = ("l1_norm_filter_pruning", "network_slimming", "network_trimming_apoz", "taylor_pruning", "thinet", "lasso_channel_pruning")
+CONTROLS = ("torch-pruning, magnitude", "the same small net from scratch", "the dense net")
+
+
+def structures() -> Iterator[str]:
+    """Accuracy and latency at one share of the multiply-adds, three seeds."""
+    for seed in SEEDS:
+        for name in (*METHODS, *CONTROLS):
+            run(name, seed)
+    found = runs.table("structures")
+    found = found[(found.share == SHARE) & (found.epochs == EPOCHS)]
+    yield from heading(
+        f"Residual net on Fashion-MNIST at {SHARE:.0%} of its multiply-adds, {EPOCHS} more epochs for all, three seeds, mean ± standard deviation",
+        "method", "multiply-adds left", "before training", "validation", "difference to dense, points", "test", "faster, batch 64", "faster, batch 1",
+    )  # fmt: skip
+    dense = found[found.method == CONTROLS[-1]].validation.mean()
+    for name in (*METHODS, *CONTROLS):
+        lines = found[found.method == name]
+        cells = [f"{100 * lines[k].mean():.2f} ± {100 * lines[k].std():.2f} %" for k in ("before", "validation", "test")]
+        times = [_faster(name, batch) for batch in (64, 1)]
+        yield line(name, f"{lines.multiply_adds.mean():.1%}", *cells[:2], f"{100 * (lines.validation.mean() - dense):+.2f}", cells[2], *times)
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """One network pruned, trained and judged; read if it was done before."""
+    given = {"method": name, "net": NET, "data": DATA, "seed": seed, "share": SHARE, "epochs": EPOCHS}
+    return runs.stored("structures", given, partial(_run, name, seed))
+
+
+def _run(name: str, seed: int) -> dict[str, Any]:
+    data, model = load_data(DATA), small(name, seed)
+    before = evaluate(model, data)
+    fit(model, data, **{**recipe(NET, DATA), "epochs": EPOCHS}, seed=seed)
+    scores = {part: evaluate(model, data, part=part) for part in ("validation", "test")}
+    one = as_input(data.validation[0][:1], model)
+    left = multiply_adds(model, one) / multiply_adds(load_net(NET, DATA, seed), one)
+    return {"before": before, **scores, "multiply_adds": left, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def small(name: str, seed: int) -> nn.Module:
+    """The network that ``name`` makes of the trained one, before it is trained further."""
+    dense, data = load_net(NET, DATA, seed), load_data(DATA)
+    if name == CONTROLS[2]:
+        return dense
+    if name == CONTROLS[1]:
+        return untrained(small(METHODS[0], seed), seed)
+    if name == CONTROLS[0]:
+        return by_torch_pruning(dense, as_input(data.validation[0][:1], dense))
+    return solve(dense, name, data, target=SHARE, cost="multiply_adds").baked
+
+
+def untrained(model: nn.Module, seed: int) -> nn.Module:
+    """The same architecture with fresh weights."""
+    fresh = build(NET, DATA, seed)
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model.source = fresh.source
+    return model
+
+
+def by_torch_pruning(dense: nn.Module, example: torch.Tensor) -> nn.Module:
+    """torch-pruning's own magnitude pruner at its defaults, its ratio bisected to the same share of multiply-adds."""
+    whole, low, high = multiply_adds(dense, example), 0.0, 0.95
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (low, middle) if multiply_adds(_torch_pruned(dense, example, middle), example) <= SHARE * whole else (middle, high)
+    return _torch_pruned(dense, example, high)
+
+
+def _torch_pruned(dense: nn.Module, example: torch.Tensor, ratio: float) -> nn.Module:
+    from copy import deepcopy
+
+    import torch_pruning
+
+    model = deepcopy(dense)
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    torch_pruning.pruner.BasePruner(model, example, importance, pruning_ratio=ratio, ignored_layers=[model.fc]).step()
+    return model.to(memory_format=torch.channels_last)
+
+
+def _faster(name: str, batch: int) -> str:
+    """Median over the seeds of the dense network's time over the small one's, interleaved, two threads."""
+    ratios = []
+    for seed in SEEDS:
+        dense = load_net(NET, DATA, seed)
+        x = as_input(load_data(DATA).validation[0][:batch], dense).contiguous(memory_format=torch.channels_last)
+        ratios.append(float(latency({"dense": dense, "small": small(name, seed)}, x, rounds=60).loc["small", "ratio"]))
+    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -1,0 +1,71 @@
+"""Stored runs: what takes minutes to train is trained once, kept as a small file with its recipe, versions and machine, and read from then on.
+
+A run is named by the hash of its recipe: the same recipe is never trained twice, an interrupted sweep goes on where it stopped, and a changed
+recipe is another run. The files lie in ``datasets/runs``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from .data import DATASETS
+from .zoo import write
+
+RUNS = DATASETS / "runs"
+
+
+class RunError(ValueError):
+    """A stored run is missing, cut or altered; the message says which and how to make it anew."""
+
+
+def machine() -> str:
+    """The machine and the versions behind a figure."""
+    cpu, found = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if found.exists():
+        cpu = next((line.split(":")[1].strip() for line in found.read_text().split("\n") if line.startswith("model name")), cpu)
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def stored(kind: str, recipe: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of ``work`` for ``recipe`` (plain JSON values both): read if it was done before, else done now and kept."""
+    path = RUNS / f"{kind}-{_digest(recipe)[:12]}.json"
+    if path.is_file():
+        return _read(path)["result"]
+    start = time.perf_counter()
+    content = {"recipe": recipe, "result": work(), "seconds": time.perf_counter() - start, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, (json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n").encode())
+    return content["result"]
+
+
+def table(kind: str) -> pd.DataFrame:
+    """All stored runs of a kind, a line each: recipe and result side by side, with seconds, machine and date. RunError where there is none."""
+    found = [_read(p) for p in sorted(RUNS.glob(f"{kind}-*.json"))]
+    if not found:
+        raise RunError(f"no stored run of kind {kind!r} in {RUNS}; 'python -m cmlib bench --only {kind}' makes them")
+    return pd.DataFrame([{**r["recipe"], **r["result"], **{k: r[k] for k in ("seconds", "machine", "date")}} for r in found])
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        whole = content.pop("sha256") == _digest(content)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise RunError(f"{path} is cut or not a stored run ({error}); delete it and run the bench again") from error
+    if not whole:
+        raise RunError(f"{path} is altered: its content and its sha256 differ; delete it and run the bench again")
+    return content
