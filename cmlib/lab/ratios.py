@@ -34,9 +34,9 @@ from .measure import latency
 
 KEEPS = (0.9, 0.7, 0.5, 0.3, 0.1)
 COSTS, RULES = ("parameters", "multiply_adds", "latency"), ("uniform", "network", "sensitivity")
-STEPS = 16  # halvings where the cost is counted: finer than one filter of 30,000
+STEPS = 22  # halvings where the cost is counted: finer than one filter, also where a layer loses nothing and only TIE tells its keeps apart
 TIMED = 6  # halvings where it is measured; with the smallest network's and the chosen one's, eight measurements
-TIE = 1e-4  # drop of accuracy that a whole layer counts as, so that of layers that lose nothing all give alike
+TIE = 1e-3  # drop of accuracy that a whole layer counts as, so that of layers that lose nothing all give alike
 
 
 class Layers:
@@ -198,8 +198,8 @@ def solve(model: nn.Module, method: Method | str, data: Any = None, *, target: f
     return Solution(kept, compressed, small, cost, target, reached, low, high, pd.DataFrame(trials, columns=["setting", "share"]))
 
 
-def latency_scan(model: nn.Module, method: Method | str, data: Any = None, *, keeps: Sequence[float] = (1.0, *KEEPS), where: str = "*", batch: int = 1,
-                 rounds: int = 30, threads: int = 2, **knobs: Any) -> pd.DataFrame:  # fmt: skip
+def latency_scan(model: nn.Module, method: Method | str, data: Any = None, *, keeps: Sequence[float] = (1.0, *KEEPS), where: str = "*",
+                 batch: int = 1, rounds: int = 30, threads: int = 2, **knobs: Any) -> pd.DataFrame:  # fmt: skip
     """Measured time of the baked network with one keep for all layers, every network taking turns with the others.
 
     A line a keep: keep, ms (median of a forward pass of ``batch`` images), low, high (quartiles), multiply_adds (share of the dense network's).
@@ -267,7 +267,7 @@ def parameters(model: nn.Module) -> int:
 
 def _timed(times: pd.DataFrame) -> tuple[float, float, float]:
     small, dense = times.loc["small"], times.loc["dense"]
-    return 1 / small.ratio, small.low / dense.ms, small.high / dense.ms
+    return float(1 / small.ratio), float(small.low / dense.ms), float(small.high / dense.ms)
 
 
 def _bisect(share: Callable[[float], float], target: float, steps: int) -> None:

@@ -71,7 +71,7 @@ def sensitivity_plot(table: pd.DataFrame, *, title: str = "", height: float = 5.
 def removal_diagram(model: nn.Module, baked: nn.Module, data: Any = None, *, title: str = "") -> Figure:
     """The layers in order, the input at the top: a bar's outline is a layer's channels in ``model``, its filling those left in ``baked``.
 
-    Arcs join layers whose channels are added to one another by a shortcut, so that they go together. ``data`` as for ``bake``: the kit's networks
+    Arcs join layers whose channels go together, since a shortcut adds them to one another. ``data`` as for ``bake``: the kit's networks
     need none. ValueError where the two are not the same network.
     """
     before, after = ({n: len(m.weight) for n, m in weighted(net).items()} for net in (model, baked))
@@ -94,7 +94,7 @@ def removal_diagram(model: nn.Module, baked: nn.Module, data: Any = None, *, tit
             ax.barh([0], [0], color=colour, label=f"{kind}: channels that stay")
     ax.barh([0], [0], facecolor="none", edgecolor=DARK, linewidth=1.4, label="channels before")
     if tied:
-        ax.plot([], [], color=VERMILLION, label="a shortcut adds them: they go together")
+        ax.plot([], [], color=VERMILLION, label="tied: their channels go together")
     ax.set_xticks([t for t in ax.get_xticks() if t <= max(before.values())])
     ax.set(xlim=(0, (1.5 if tied else 1.2) * max(before.values())), ylim=(len(names) - 0.4, -0.6), xlabel="output channels", title=title)
     figure.legend(loc="outside lower center", ncols=2)
@@ -120,7 +120,7 @@ def pareto(runs: pd.DataFrame, published: pd.DataFrame | None = None, *, label: 
     x = "ratio" if "ratio" in runs else "share"
     _needs(runs, ("method", x, "accuracy", "seed"), "a line a run with method, seed, accuracy and share or ratio")
     figure, ax = canvas(height=4.8)
-    ends, last = [], runs[x].max() if x == "ratio" else runs[x].min()
+    ends = []
     colours = dict(zip(runs.method.unique(), cycle(COLOURS)))
     for (name, lines), marker in zip(runs.groupby("method", sort=False), cycle(MARKERS)):
         over = lines.groupby(x).accuracy.agg(["mean", "min", "max"])
