@@ -172,6 +172,11 @@ def test_the_path_is_walked_and_cleared(page, panel):
     assert walked.count() == 1 == kernel(page, "len(panel.path)")
 
 
+def test_a_path_walked_before_the_view_opened_has_its_knobs(page):
+    other = Panel(page, 2)
+    assert walked(other) and all("keep " in row[-1] and "scope layer" in row[-1] for row in walked(other))
+
+
 def test_a_guess_comes_before_the_accuracy(page, asked):
     asked.wait("panel => +panel.dataset.exact >= 0")
     page.wait_for_timeout(1_500)
@@ -205,10 +210,40 @@ def test_another_seed_another_network(page, asked):
 
 
 def test_the_button_trains_in_view(page, asked):
+    seq = asked.type("exact-keep", "0.05")["seq"]
+    reset(asked)
+    plain = asked.rested(seq)
     asked.part("train").press("Enter")
     asked.wait("panel => /retrained/.test(panel.querySelector('[data-role=training]').textContent)", timeout=60)
     accuracy = kernel(page, "asked.path[-1].accuracy")
     assert f"{100 * accuracy:.2f} %" in asked.part("training").inner_text()
+    trained = asked.rested()
+    assert trained["accuracy"] == f"{100 * accuracy:.2f} %" and "fit(" in trained["line"]
+    last = walked(asked)[-1]
+    assert "keep 0.5," in last[-1] and last[-1].endswith("retrained, 1 epoch")
+    assert len(walked(asked)) == kernel(page, "len(asked.path)")
+    reset(asked)  # the same knobs again: the plan, untrained
+    again = asked.rested(trained["seq"])
+    assert again["line"] == plain["line"] and again["accuracy"] == plain["accuracy"]
+
+
+def reset(panel):
+    panel.root.get_by_role("button", name="reset").press("Enter")
+
+
+def walked(panel):
+    """The text twin's path: its rows of cells."""
+    rows = panel.root.locator(".pnl-twin table").last.locator("tbody tr")
+    return rows.evaluate_all("rows => rows.map(row => [...row.cells].map(cell => cell.textContent))")
+
+
+def test_a_move_from_code_is_shown(page, panel):
+    before = panel.figures()["seq"]
+    kernel(page, "panel.move(keep=0.06).accuracy")
+    found = panel.rested(before)
+    assert (found["accuracy"], found["bytes"]) == says(page) and "keep=0.06" in found["line"]
+    assert panel.part("exact-keep").input_value() == "0.06"
+    assert panel.press("knob-keep", "ArrowLeft")["seq"] > found["seq"]
 
 
 def test_every_control_has_a_name(page, panel, asked):
@@ -276,6 +311,7 @@ def test_what_is_taken_away(page, panel):
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[0].startswith("step,bytes,accuracy,keep") and len(lines) == 1 + kernel(page, "len(panel.path)")
     assert float(lines[-1].split(",")[2]) == pytest.approx(kernel(page, "panel.path[-1].accuracy"))
+    assert lines[0].endswith(",epochs") and not any(",," in line for line in lines)
     with page.expect_download() as download:
         panel.part("take-away").locator("summary").press("Enter")
         panel.part("save-svg").press("Enter")
@@ -283,7 +319,9 @@ def test_what_is_taken_away(page, panel):
 
 
 def test_a_second_view_shows_where_the_kernel_stands(page, panel):
+    seq = panel.figures()["seq"]
     panel.part("layer").select_option(label="fc3")
+    panel.rested(seq)
     found = panel.type("exact-keep", "0.07")
     other = Panel(page, 2)
     other.wait("(panel, seq) => +panel.dataset.exact >= seq", found["seq"])
