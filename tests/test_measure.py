@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from cmlib.core.apply import attach, baked, plan_of
+from cmlib.core.bake import bake
 from cmlib.core.packed import Masked
 from cmlib.lab.files import load, save, sizes
 from cmlib.lab.measure import first_faster, latency, measure, peak_memory, sparse_crossover
 from cmlib.lab.row import over_seeds, rows_table
 from cmlib.lab.train import evaluate
 from cmlib.lab.verbs import compress
-from cmlib.lab.zoo import build
+from cmlib.lab.zoo import build, load_net
 
 
 def digits_net(net="mlp", seed=0):
@@ -401,3 +402,13 @@ def test_a_loaded_model_measures_like_the_saved_one(some, tmp_path):
     first, second = (measure(m, model, some, rounds=1, threads=1) for m in (small, load(tmp_path / "a")))
     same = ("accuracy", "parameters", "file_bytes", "weight_bits", "multiply_adds", "peak_memory_bytes", "layers", "flipped", "worst_class")
     assert all(getattr(first, name) == getattr(second, name) for name in same)
+
+
+def test_masked_filters_are_told_from_removed_ones():
+    net = load_net("cnn", "digits")
+    masked = compress(net, "magnitude_pruning_han", unit="filter", keep=0.5)
+    row, small = measure(masked, reference=net), measure(bake(masked), reference=net)
+    told = [r for r in row.explain() if "bake(model)" in r]
+    assert len(told) == 1 and "conv1 4 of 8" in told[0] and "conv2 8 of 16" in told[0]
+    assert not any("bake(model)" in r for r in small.explain())
+    assert small.parameters < 0.4 * row.dense.parameters and small.file_bytes < row.file_bytes

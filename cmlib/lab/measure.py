@@ -121,7 +121,7 @@ def _layer(name: str, weight: Tensor, packed: Packed | None) -> Layer:
         return Layer(name, weight.numel(), weight.numel(), held, type(packed).__name__.lower(), None, held)
     sizes = packed.sizes()
     smallest = min(sizes, key=sizes.__getitem__)
-    return Layer(name, weight.numel(), packed.kept, held, packed.format(), smallest, sizes[smallest])
+    return Layer(name, weight.numel(), packed.kept, held, packed.format(), smallest, sizes[smallest], len(packed.rows), int((~packed.rows).sum()))
 
 
 def _name(device: torch.device) -> str:

@@ -22,7 +22,8 @@ SAME = 1.15  # below this ratio two latencies count as the same
 class Layer:
     """One convolution's or dense layer's weight: how many numbers, how many stay, its bytes in the file, and in which storage format.
 
-    ``format`` is None where the layer is not compressed; ``smallest`` is the format that would take the fewest bytes.
+    ``format`` is None where the layer is not compressed; ``smallest`` is the format that would take the fewest bytes. ``gone`` of
+    ``units`` filters (rows) are masked whole.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Layer:
     format: str | None = None
     smallest: str | None = None
     smallest_bytes: int = 0
+    units: int = 0
+    gone: int = 0
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,13 @@ def _header(row: Row) -> Iterator[str]:
         yield f"The header (names, shapes, hash) is {row.header_bytes:,} bytes, {row.header_bytes / row.file_bytes:.1%} of this small file."
 
 
+def _masked_filters(row: Row) -> Iterator[str]:
+    masked = [layer for layer in row.compressed if layer.gone]
+    if masked and row.mode == "simulated":
+        which = ", ".join(f"{layer.name} {layer.gone} of {layer.units}" for layer in masked[:4]) + (" ..." if len(masked) > 4 else "")
+        yield f"Filters are masked where they stand ({which}): bake(model) takes them out for real, and then file, work and time fall."
+
+
 def _same_work(row: Row) -> Iterator[str]:
     if all(layer.kept == layer.weights for layer in row.compressed):
         return
@@ -270,7 +280,7 @@ def _forgets(row: Row) -> Iterator[str]:
             )
 
 
-_REASONS = (_not_compressed, _collapse, _wrong_storage, _uncovered, _indices, _header, _decoded, _same_work, _forgets)
+_REASONS = (_not_compressed, _collapse, _wrong_storage, _uncovered, _indices, _header, _decoded, _masked_filters, _same_work, _forgets)
 
 
 _COLUMNS = {
