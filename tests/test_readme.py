@@ -37,6 +37,13 @@ def test_the_five_lines_run(tmp_path, monkeypatch):
     assert (tmp_path / "small.safetensors").stat().st_size < 400_000
 
 
+def test_what_is_baked_is_really_smaller():
+    names: dict = {}
+    exec(next(b for b in blocks() if "bake(" in b), names)
+    small, dense = (sum(p.numel() for p in m.parameters()) for m in (names["bake"](names["masked"]), names["dense"]))
+    assert small < 0.7 * dense
+
+
 def test_the_table_of_methods_is_the_catalogue():
     assert readme.with_part(PAGE, "methods", readme.methods()) == PAGE, "run: python -m cmlib.bench.readme"
 
