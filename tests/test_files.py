@@ -54,6 +54,8 @@ def path(tmp_path):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("key", catalog())
 def test_every_method_comes_back_as_it_was(key, net, path):
+    if net != "resnet" and "bn_gamma" in catalog()[key].asks:
+        pytest.skip("no batch norm")
     data, knobs = pictures(), SETTINGS.get(key, {} if key in LEARNT else {"keep": 0.1})
     model = compress(build(net, "mnist"), key, where=NETS[net] if key == "optimal_brain_surgeon" else "*", data=data, **knobs)
     if key in LEARNT:

@@ -131,10 +131,8 @@ class Planner:
         made = {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
         if self.method.filters is None or not call(self.method.filters, {}, knobs):
             return made
-        alone = {g.first: g.vectors for g in self.structure.groups if len(g.makers) == 1}
-        if not made.keys() & alone:
-            raise ValueError(f"{self.method.key} cannot take filters of {', '.join(made)} one by one: a sum ties them to other layers'")
-        return {n: replace(p, vectors=alone[n]) for n, p in made.items() if n in alone}
+        own = {n: vectors for g in self.structure.groups for n, vectors in g.own.items()}
+        return {n: replace(p, vectors=own[n]) for n, p in made.items() if n in own}
 
     def _filters(self, ranking: Ranking, knobs: dict[str, Any]) -> Plan:
         """Filters with all that belongs to their channels, in every layer that is tied to a covered one; the network's outputs stay."""

@@ -48,6 +48,8 @@ def flow(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> 
     total: Evidence = {}
     for xs, ys in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         found = _maps(model, layers, xs)
+        if not found:
+            break
         maps = [(name, z) for name, m in found.items() for z in m.relu or m.made]
         cost = loss(next(iter(found.values())).output, ys) * len(xs)
         products: dict[str, list[Tensor]] = {}

@@ -29,6 +29,7 @@ class Group:
     norms: dict[str, int]  # {batch norm: where the channels begin in it}
     readers: dict[str, Tensor]  # {layer: (channels, inputs of the layer for each)}: who takes them in
     count: int  # how many channels
+    own: dict[str, Vectors]  # {maker: its own bias and the batch norms right behind it}; they alone silence it where a sum adds others
 
     @property
     def first(self) -> str:
@@ -83,6 +84,7 @@ def _group(raw: Any, names: dict[nn.Module, str], order: dict[str, int]) -> Grou
     makers: dict[str, nn.Module] = {}
     norms: dict[str, nn.Module] = {}
     starts: dict[str, int] = {}
+    behind: dict[str, list[str]] = {}
     readers: dict[str, Tensor] = {}
     count = 1 + max(i for item in raw for i in item.root_idxs)
     for item in raw:
@@ -94,13 +96,17 @@ def _group(raw: Any, names: dict[nn.Module, str], order: dict[str, int]) -> Grou
             norms[name], starts[name] = module, item.idxs[0]
         elif outward:
             makers[name], starts[name] = module, 0
+            behind[name] = [names[n.module] for n in item.dep.target.outputs if isinstance(n.module, nn.modules.batchnorm._BatchNorm)]
         else:
             places = torch.tensor(item.idxs)[torch.tensor(item.root_idxs).argsort(stable=True)]
             readers[name] = places.reshape(count, -1)
     vectors = [(n, "bias") for n, m in makers.items() if m.bias is not None]
     vectors += [(n, p) for n, m in norms.items() for p in ("weight", "bias") if getattr(m, p) is not None]
     named = tuple((f"{n}.{p}", starts[n]) for n, p in vectors)
-    return Group(tuple(sorted(makers, key=order.__getitem__)), named, {n: starts[n] for n in norms}, readers, count)
+    own = dict.fromkeys(makers, named)
+    if len(makers) > 1:
+        own = {n: tuple(v for v in named if v[0].rpartition(".")[0] in (n, *behind[n])) for n in makers}
+    return Group(tuple(sorted(makers, key=order.__getitem__)), named, {n: starts[n] for n in norms}, readers, count, own)
 
 
 class Structure:
