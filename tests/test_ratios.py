@@ -180,6 +180,15 @@ def test_a_network_with_shortcuts_too(cost, resnet):
     assert torch.allclose(predict(found.compressed, x + 0.3), predict(found.baked, x + 0.3), rtol=1e-4, atol=1e-4)
 
 
+def test_one_filter_always_stays_and_nobody_is_warned_for_it(lenet5):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = ratios.solve(lenet5, MAGNITUDE, target=0.001)
+        table = ratios.latency_scan(lenet5, MAGNITUDE, keeps=(1.0, 0.001), rounds=5, threads=1)
+    assert found.keeps["conv1"] == 1 / 20
+    assert 0 < table.multiply_adds[1] < 0.02
+
+
 def test_the_network_rule_takes_the_filters_that_score_least_anywhere(lenet5):
     found = ratios.solve(lenet5, MAGNITUDE, target=0.6, rule="network")
     masses = {n: getattr(lenet5, n).weight.detach().abs().flatten(1).sum(1) for n in ("conv1", "conv2", "fc1")}
@@ -204,6 +213,7 @@ def test_the_sensitivity_rule_tolerates_one_drop_in_every_layer():
 def test_a_drop_that_rises_again_is_read_as_its_highest():
     table = pd.DataFrame({"layer": "a", "keep": [0.75, 0.5, 0.25], "accuracy": [0.5, 0.8, 0.3], "drop": [0.4, 0.1, 0.6]})
     assert ratios.tolerated(table, 0.2)["a"] == pytest.approx(0.875, abs=0.005)
+    assert ratios.tolerated(table, 0.45)["a"] == pytest.approx(0.4375, abs=0.005)
 
 
 def test_the_sensitivity_rule_scans_by_itself_as_with_a_table(lenet5, some, lenet5_table):
@@ -212,15 +222,17 @@ def test_the_sensitivity_rule_scans_by_itself_as_with_a_table(lenet5, some, lene
     assert scanned.keeps == given.keeps
 
 
-def test_the_sensitivity_rule_spares_what_hurts(resnet, some):
-    """Held on the network with shortcuts; on LeNet-5, whose layers are worth much the same, one keep for all does as well or better."""
-    table = ratios.sensitivity(resnet, MAGNITUDE, some)
-    guided = ratios.solve(resnet, MAGNITUDE, target=0.5, rule="sensitivity", table=table)
-    uniform = ratios.solve(resnet, MAGNITUDE, target=0.5)
+def test_the_sensitivity_rule_spares_what_hurts():
+    """So it is on Fashion-MNIST with shortcuts (0.43, not 0.23). On LeNet-5, whose layers are alike, one keep for all does better."""
+    images, labels = load_data("fashion_mnist").validation
+    model, some = load_net("resnet", "fashion_mnist"), (images[:600], labels[:600])
+    table = ratios.sensitivity(model, MAGNITUDE, some)
+    guided = ratios.solve(model, MAGNITUDE, target=0.5, rule="sensitivity", table=table)
+    uniform = ratios.solve(model, MAGNITUDE, target=0.5)
     half = table[table.keep == 0.5].set_index("layer")["drop"]
     assert guided.keeps[half.idxmax()] > uniform.keeps[half.idxmax()]
     assert guided.keeps[half.idxmin()] < uniform.keeps[half.idxmin()]
-    assert evaluate(guided.baked, some) > evaluate(uniform.baked, some)
+    assert evaluate(guided.baked, some) > evaluate(uniform.baked, some) + 0.05
 
 
 def test_latency_is_measured_at_most_eight_times_and_told_as_measured(resnet, monkeypatch):
@@ -276,6 +288,7 @@ def test_the_statistics_are_those_computed_by_hand():
     nn.init.uniform_(net[1].weight)
     nn.init.uniform_(net[1].bias)
     net[1].running_mean += 3
+    net[1].num_batches_tracked += 7
     x = torch.rand(35, 2, 6, 6, dtype=torch.float64)
     now = ratios.recalibrate(net, (x, torch.zeros(35)), batches=9, batch=10)
     firsts, seconds = [], []
