@@ -192,8 +192,8 @@ def l1_weight_regularization(
     """L1 regularization.
 
     min L(w) + lam |w|_1, by the proximal step w <- S_(lr lam)(w - lr grad L) (ISTA): exact zeros appear while training, and may leave again
-    (survey 001, 2.1.1; the survey's non-structured baseline). ``subgradient`` adds lam sign(w) to the gradient instead and reaches no exact zero; what is then at most
-    ``threshold_after`` in size counts as removed once training is over. The lasso is what plain SGD solves
+    (survey 001, 2.1.1; the survey's non-structured baseline). ``subgradient`` adds lam sign(w) to the gradient instead and reaches no exact zero;
+    what is then at most ``threshold_after`` in size counts as removed once training is over. The lasso is what plain SGD solves
     (``fit(..., optimizer=torch.optim.SGD)``); AdamW scales its steps, so that the same ``lam`` removes less.
     """
     return Masked(w, w != 0 if training else w.abs() > threshold_after, straight=True)
