@@ -17,7 +17,8 @@ from . import readme, structures, tables
 
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse,
-    "structures": structures.structures, "notebooks": tables.notebooks,
+    "structures": structures.structures, "sparsest": structures.sparsest,
+    "notebooks": tables.notebooks,
 }  # fmt: skip
 
 
