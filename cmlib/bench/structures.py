@@ -1,4 +1,4 @@
-"""Chapter 03's tables: one residual net made twice as fast by each way of judging a filter, beside its controls; runs are stored as they are trained."""
+"""Chapter 03: one residual net made faster by each way of judging a filter, beside its controls, and LeNet-5 as sparse as it goes; runs are kept."""
 
 from __future__ import annotations
 
