@@ -140,22 +140,22 @@ def test_ssl_1_the_proximal_step_meets_its_optimality_conditions():
 
 
 def test_ssl_1_a_numerical_minimiser_finds_nothing_better_but_misses_the_point():
-    """The check's 1e-6 is scipy's default's to miss: the cost has a kink at 0."""
+    """The check's 1e-6 is missed by scipy's default, most of all when it starts at 0, where the cost has its kink."""
     draw, misses = torch.Generator().manual_seed(1), 0
     for _ in range(100):
         w, t = torch.randn(4, generator=draw, dtype=F64), 3 * torch.rand((), generator=draw, dtype=F64).item()
-        cost = lambda v, w=w.numpy(), t=t: 0.5 * ((v - w) ** 2).sum() + t * np.sqrt((v**2).sum())  # noqa: E731
-        v = methods.group_soft_threshold(w[None], t, "filter")[0].numpy()
-        found = minimize(cost, w.numpy()).x
+        v, w = methods.group_soft_threshold(w[None], t, "filter")[0].numpy(), w.numpy()
+        cost = lambda v, w=w, t=t: 0.5 * ((v - w) ** 2).sum() + t * np.sqrt((v**2).sum())  # noqa: E731
+        found = minimize(cost, np.zeros(4)).x
         assert cost(v) <= cost(found) + 1e-12
         misses += np.abs(v - found).max() > 1e-6
-    assert misses > 0
+    assert misses > 10
 
 
 def test_ssl_2_groups_of_one_weight_are_the_lasso():
     x, y = linreg(d=8)
     for lam in (0.05, 0.5):
-        w = descend(learner("structured_sparsity_learning", torch.randn(1, 8, dtype=F64), group="shape", lambda_g=lam), x, y)
+        w = descend(learner("structured_sparsity_learning", torch.randn(1, 8, dtype=F64), group="shape", lambda_g=lam), x, y, steps=200)
         expected = Lasso(alpha=lam, fit_intercept=False, tol=1e-10, max_iter=100_000).fit(x, y[:, 0]).coef_
         assert np.abs(w[0].numpy() - expected).max() < 1e-6
         assert (w[0].numpy() == 0).tolist() == (expected == 0).tolist()
@@ -170,15 +170,15 @@ def critical(x, y, group):
 def test_ssl_3_all_goes_exactly_from_the_critical_penalty_on(group):
     x, y = linreg(outputs=3)
     for factor, empty in ((1.01, True), (0.99, False)):
-        w = descend(learner("structured_sparsity_learning", torch.randn(3, 6, dtype=F64), group=group, lambda_g=factor * critical(x, y, group)), x, y)
-        assert bool((w == 0).all()) is empty
+        model = learner("structured_sparsity_learning", torch.randn(3, 6, dtype=F64), group=group, lambda_g=factor * critical(x, y, group))
+        assert bool((descend(model, x, y, 400) == 0).all()) is empty
 
 
 @pytest.mark.parametrize("group", ["filter", "channel", "shape"])
 def test_ssl_4_at_the_solution_the_optimality_conditions_hold(group):
     x, y = linreg(outputs=5, noise=1.0)
     y = y * torch.tensor([3.0, 0.1, 2.0, 0.2, 1.0], dtype=F64)
-    x = x * torch.tensor([1.0, 0.1, 1.0, 0.2, 1.0, 0.3], dtype=F64)
+    x = x * torch.tensor([1.0, 0.3, 1.0, 0.4, 1.0, 0.5], dtype=F64)
     lam = 0.3 * critical(x, y, group)
     w = descend(learner("structured_sparsity_learning", torch.randn(5, 6, dtype=F64), group=group, lambda_g=lam), x, y, steps=900, lr=0.4)
     slope = (w @ x.T - y.T) @ x / len(x)
@@ -186,7 +186,7 @@ def test_ssl_4_at_the_solution_the_optimality_conditions_hold(group):
     assert 0 < zero.sum() < len(zero)
     assert (methods.group_norms(slope, group).flatten()[zero] <= lam * (1 + 1e-9)).all()
     rest = slope + lam * w / methods.group_norms(w, group).clamp(min=1e-300)
-    assert methods.group_norms(rest, group).flatten()[~zero].max() < 1e-7
+    assert methods.group_norms(rest, group).flatten()[~zero].max() < 1e-6
 
 
 def test_ssl_4_the_subgradient_has_the_same_solution_but_no_exact_zeros():
@@ -197,7 +197,7 @@ def test_ssl_4_the_subgradient_has_the_same_solution_but_no_exact_zeros():
     model = learner("structured_sparsity_learning", start, lambda_g=lam, solver="subgradient")
     near = descend(model, x, y, steps=700, lr=0.1)
     gone = (exact == 0).all(1)
-    assert gone.any() and (near != 0).all() and (near - exact).abs().max() < 0.05
+    assert gone.any() and (near != 0).all() and (near - exact).abs().max() < 0.1  # it goes to and fro around 0 by lr lambda_g
     dead = learner("structured_sparsity_learning", torch.zeros(2, 3, dtype=F64), lambda_g=1.0, solver="subgradient")
     penalty(dead.train(), 1, 0.0).backward()
     assert (latent(dead[0]).grad == 0).all()  # a zero group's gradient is 0, not 0 / 0
@@ -328,7 +328,7 @@ def test_l1_norm_4_greedy_is_independent_until_an_earlier_layer_lost_channels():
     for p in (1, 2):
         assert torch.equal(methods.greedy_scores(w, torch.ones(6, dtype=torch.bool), p), methods.l1_norm_filter_pruning(w, p=p))
     left = torch.tensor([True, False, True, True, False, True])
-    assert torch.equal(methods.greedy_scores(w, left), (w * left.reshape(1, 6, 1, 1)).abs().sum((1, 2, 3)))
+    assert torch.allclose(methods.greedy_scores(w, left), (w * left.reshape(1, 6, 1, 1)).abs().sum((1, 2, 3)), rtol=0, atol=1e-12)
     assert methods.greedy_scores(w, left).argsort().tolist() != methods.l1_norm_filter_pruning(w).argsort().tolist()
 
 
@@ -360,7 +360,7 @@ def test_sfp_1_exactly_the_floor_of_filters_is_zero_after_an_epoch(digits64):
     assert torch.equal(zero, l2_smallest(before, 9)) and torch.equal(~plan_of(copy)["fc1"].rows, zero)
     for n, keep, gone in ((16, 0.7, 4), (10, 0.9, 1), (10, 0.7, 3), (20, 0.35, 13), (7, 0.001, 6)):  # 16 x 0.3 = 4.8, which ln_structured rounds to 5
         assert (~methods.strongest(torch.randn(n, 3), keep, 2)).all(1).sum() == gone
-    assert latent(copy.fc2).detach().any(1).all()  # the classes stay
+    assert copy.fc2.weight.any(1).all() and "fc2" not in plan_of(copy)  # the classes stay
 
 
 def test_sfp_2_a_zeroed_filter_moves_by_its_gradient_and_a_hard_one_stays(digits64):
@@ -395,17 +395,29 @@ def test_sfp_2_behind_a_negative_shift_a_zero_filter_is_dead_for_good():
         assert (found[0] > 0) is alive and (found[2] > 0) is alive and found[1] == 0
 
 
+def normed(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10))
+
+
+def changes(model, data, **how):
+    """How many filters go or come back between the ends of ten epochs of training, half of them zero at each."""
+    copy, sets = compress(model, "soft_filter_pruning", data=(data.train[0].float() / 255, data.train[1]), keep=0.5), []
+    layer = next(layer for _, layer, _ in attached(copy))
+    fit(copy, data, epochs=10, batch=64, lr=0.1, optimizer=SGD, progress=lambda _: sets.append(~latent(layer).detach().any(1)), **how)
+    assert all(s.sum() == len(s) // 2 for s in sets)
+    return [int((a != b).sum()) for a, b in itertools.pairwise(sets)]
+
+
 def test_sfp_3_the_zero_set_changes_while_training_and_settles_late(digits):
-    """MLP on digits, 10 epochs of AdamW at 0.03, one-cycle; filters that change sides in the first and the last four epochs, mean of five seeds."""
-    early, late = [], []
-    for seed in SEEDS:
-        copy, sets = compress(build("mlp", "digits", seed), "soft_filter_pruning", keep=0.5), []
-        fit(copy, digits, epochs=10, lr=0.03, seed=seed, progress=lambda _, c=copy, s=sets: s.append(~latent(c.fc1).detach().any(1)))
-        assert all(s.sum() == 16 for s in sets)
-        moves = [int((a != b).sum()) for a, b in itertools.pairwise(sets)]
-        early.append(sum(moves[:4]))
-        late.append(sum(moves[-4:]))
-    assert np.mean(early) > 2 and np.mean(late) < np.mean(early)
+    """64-24-10 with batch norm on digits, SGD at 0.1, one-cycle; the first and the last four of nine changes, mean of five seeds."""
+    found = np.mean([changes(normed(seed), digits, seed=seed) for seed in SEEDS], axis=0)
+    assert found[:4].sum() > 20 and found[-4:].sum() < 0.2 * found[:4].sum()
+
+
+def test_sfp_3_without_batch_norm_no_filter_comes_back(digits):
+    """What makes a zero filter catch up within an epoch is the gradient that batch norm blows up; the plain MLP keeps its first choice."""
+    assert sum(sum(changes(build("mlp", "digits", seed), digits, seed=seed)) for seed in range(3)) == 0
 
 
 def test_sfp_4_removing_nothing_is_ordinary_training(digits):
@@ -602,25 +614,22 @@ def test_slimming_3_with_a_shift_it_must_be_folded_and_padding_spoils_that_at_th
         assert bool((put - whole).abs().max() > 1e-2) is (beta > 0 and padding == 1)
 
 
-def test_slimming_4_without_a_penalty_it_is_ordinary_training_and_with_more_of_it_more_scales_vanish(digits):
-    """64-24-10 with batch norm, 12 epochs of SGD at 0.1 in batches of 128; the share of |gamma| < 0.01, mean of five seeds."""
-    share = {}
-    for lam in (0.0, 1e-2, 3e-2):
-        small = []
-        for seed in SEEDS:
-            torch.manual_seed(seed)
-            nets = [nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10)) for _ in range(1)]
-            how = {"epochs": 12 if lam else 2, "lr": 0.1, "optimizer": SGD, "schedule": "constant", "seed": seed, "keep_best": False}
-            if lam == 0 and seed == 0:
-                nets.append(nn.Sequential(*[type(m)(*a) for m, a in zip(nets[0], ((), (64, 24), (24,), (), (24, 10)), strict=True)]))
-                nets[1].load_state_dict(nets[0].state_dict())
-                assert fit(nets[1], digits, **how).rows[-1]["loss"] == fit(nets[0], digits, hooks=[methods.slimming(0.0)], **how).rows[-1]["loss"]
-                assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
-            else:
-                fit(nets[0], digits, hooks=[methods.slimming(lam)], **how)
-            small.append((nets[0][2].weight.abs() < 0.01).double().mean().item())
-        share[lam] = np.mean(small)
-    assert share[0.0] <= share[1e-2] <= share[3e-2] and share[3e-2] > share[0.0]
+def test_slimming_4_without_a_penalty_it_is_ordinary_training(digits):
+    plain, hooked = normed(0), normed(0)
+    runs = [fit(plain, digits, epochs=2), fit(hooked, digits, epochs=2, hooks=[methods.slimming(0.0)])]
+    assert [r["loss"] for r in runs[0].rows] == [r["loss"] for r in runs[1].rows]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), hooked.parameters(), strict=True))
+
+
+def test_slimming_4_the_more_penalty_the_more_scales_vanish(digits):
+    """64-24-10 with batch norm, 8 epochs of SGD at 1, one-cycle; the share of |gamma| < 0.01, mean of five seeds. At small penalties it is none."""
+    share = []
+    for lam in (0.001, 0.03, 0.1):
+        nets = [normed(seed) for seed in SEEDS]
+        for seed, net in enumerate(nets):
+            fit(net, digits, epochs=8, lr=1.0, batch=64, optimizer=SGD, seed=seed, keep_best=False, hooks=[methods.slimming(lam)])
+        share.append(np.mean([(net[2].weight.abs() < 0.01).double().mean().item() for net in nets]))
+    assert share[0] <= share[1] <= share[2] and share[0] < 0.02 and share[2] > 0.2
 
 
 def test_slimming_5_no_layer_becomes_empty():
@@ -687,8 +696,9 @@ def test_thinet_3_a_channel_that_adds_nothing_goes_first_and_free():
 
 def test_thinet_4_the_scales_are_least_squares_and_never_worse_than_ones():
     torch.manual_seed(0)
+    rows = torch.tensor([True, False, True, True, False, True])
     for _ in range(20):
-        acts, w, rows = torch.rand(50, 6, 9, dtype=F64), torch.randn(4, 6, 9, dtype=F64), torch.tensor([True, False, True, True, False, True])
+        acts, w = torch.rand(50, 6, 9, dtype=F64), torch.randn(4, 6, 9, dtype=F64)
         x = methods.contributions(acts, w).numpy()
         new = methods.thinet.rebuild(rows, acts, w, rescale="on")
         scale = np.linalg.lstsq(x[:, rows], x.sum(1), rcond=None)[0]
@@ -708,7 +718,7 @@ def test_thinet_6_the_incremental_order_is_the_one_found_by_computing_every_erro
     for seed in range(10):
         x, removed = contributions(c=10, seed=seed), []
         while len(removed) < 10:
-            removed.append(min(set(range(10)) - set(removed), key=lambda c: energy(x, [*removed, c])))  # noqa: B023
+            removed.append(min(set(range(10)) - set(removed), key=lambda c: energy(x, [*removed, c])))
         assert methods.removal_order(x).argsort().tolist() == removed
 
 
@@ -857,7 +867,7 @@ def test_taylor_1_is_the_gradient_at_a_gate_of_each_example(digits64):
     cost = F.cross_entropy(net[3:](z * gates[:, :, None, None]), y, reduction="sum")
     slopes = torch.autograd.grad(cost, gates)[0]
     assert torch.allclose(found * z[0, 0].numel(), slopes.abs().mean(0), rtol=0, atol=1e-12)
-    assert (slopes.mean(0).abs() / slopes.abs().mean(0)).min() < 0.8
+    assert (slopes.mean(0).abs() < 0.8 * slopes.abs().mean(0)).any()
 
 
 def test_taylor_2_is_exact_where_the_cost_is_linear():
@@ -874,16 +884,16 @@ def test_taylor_2_is_exact_where_the_cost_is_linear():
 
 
 def test_taylor_3_ranks_like_leaving_each_map_out_better_than_norm_and_apoz(digits):
-    """CNN on digits, 8 epochs, the rise of the loss when one of its 8 + 16 maps goes; Spearman within layers, mean of five seeds."""
+    """CNN on digits, 6 epochs, the rise of the loss when one of its 8 + 16 maps goes; Spearman within layers, mean of five seeds."""
     ranks = {"taylor_pruning": [], "l1_norm_filter_pruning": [], "network_trimming_apoz": []}
     for seed in SEEDS:
         net = build("cnn", "digits", seed)
-        fit(net, digits, epochs=8, lr=1e-2, seed=seed)
+        fit(net, digits, epochs=6, lr=1e-2, seed=seed)
         x, y = digits.train[0][:400].float() / 255, digits.train[1][:400]
         for name, norm, rest in (("conv1", 1, 2), ("conv2", 4, 5)):
             with torch.no_grad():
                 maps = net[: norm + 1](x)
-                loss = lambda m, n=net, r=rest: F.cross_entropy(n[r:](m), y).item()  # noqa: E731
+                loss = lambda m, n=net, r=rest, y=y: F.cross_entropy(n[r:](m), y).item()  # noqa: E731
                 count = maps.shape[1]
                 oracle = [abs(loss(maps * (torch.arange(count) != c)[:, None, None]) - loss(maps)) for c in range(count)]
             layer, w = {name: net.get_submodule(name)}, net.get_submodule(name).weight.detach()
@@ -1001,17 +1011,17 @@ def trained(digits):
     """Five MLPs trained on digits."""
     found = [build("mlp", "digits", seed) for seed in SEEDS]
     for seed, net in enumerate(found):
-        fit(net, digits, epochs=12, lr=1e-2, seed=seed)
+        fit(net, digits, epochs=10, lr=1e-2, seed=seed)
     return found
 
 
-ADMM = {"epochs": 14, "lr": 3e-3, "keep_best": False}
+ADMM = {"epochs": 12, "lr": 0.1, "batch": 64, "optimizer": partial(torch.optim.SGD, momentum=0.9), "keep_best": False}
 
 
 def test_admm_4_w_comes_near_z_where_rho_grows_and_the_mask_is_exact(digits, trained):
-    """MLP on digits, 90 % gone, 14 epochs of AdamW at 0.003, 21 updates; rho 1e-3 x 1.5^k. The check's 1 % at constant rho is far out of reach."""
-    for growth, near in ((1.5, True), (1.0, False)):
-        copy = compress(trained[0], "admm_weight_pruning", keep=0.1, growth=growth, every=8)
+    """MLP on digits, 90 % gone, 12 epochs of SGD at 0.1, momentum 0.9, 12 updates, rho 1e-3 x 2.2^k. The check's 1 % at constant rho is far off."""
+    for growth, near in ((2.2, True), (1.0, False)):
+        copy = compress(trained[0], "admm_weight_pruning", keep=0.1, growth=growth, every=17)
         fit(copy, digits, **ADMM)
         for packed in plan_of(copy).values():
             assert packed.kept == packed.mask.numel() - round(0.9 * packed.mask.numel())
@@ -1030,7 +1040,7 @@ def test_admm_6_pruning_after_admm_loses_less_than_pruning_the_dense_network(dig
     """MLP on digits, 95 % gone and nothing retrained; the dense ones had the same extra epochs; mean of five seeds."""
     found = []
     for seed, net in enumerate(trained):
-        copy, control = compress(net, "admm_weight_pruning", keep=0.05, every=8), build("mlp", "digits", seed)
+        copy, control = compress(net, "admm_weight_pruning", keep=0.05, every=17), build("mlp", "digits", seed)
         control.load_state_dict(net.state_dict())
         for model in (copy, control):
             fit(model, digits, seed=seed, **ADMM)

@@ -112,8 +112,8 @@ def soft_filter_pruning(w, training=False, *, keep: Keep = 0.7, p: Norm = 2, sta
     """Soft filter pruning (SFP).
 
     After every epoch the floor(n (1 - keep)) filters of smallest ||w_n||_p in each layer are set to zero, and all go on learning: one wrongly zeroed
-    grows again (survey 001, 2.1.2 [43]). Outside of training the smallest are masked. The paper's pruning rate P is 1 - ``keep``. Behind a ReLU with
-    no positive shift a zero filter has no gradient and stays.
+    grows again (survey 001, 2.1.2 [43]). Outside of training the smallest are masked. The paper's pruning rate P is 1 - ``keep``. Filters come back
+    where batch norm follows and plain SGD steps; behind a ReLU a zero filter with no positive shift has no gradient and stays.
     """
     return Masked(w, torch.ones_like(w, dtype=torch.bool) if training else strongest(w, keep, p))
 
@@ -315,7 +315,7 @@ HIGHEST = 1.0  # rho grows no further
 @score("Zhang, Ye, Zhang, Tang, Wen, Fardad & Wang 2018, A systematic DNN weight pruning framework using alternating direction method of multipliers",
        chapter="03", training=Training(penalty=_pull), filters=lambda *, constraint: constraint == "filter")  # fmt: skip
 def admm_weight_pruning(
-    w, training=False, *, keep: Keep = 0.1, rho: Penalty = 1e-3, growth: Growth = 1.5, every: Steps = 50,
+    w, training=False, *, keep: Keep = 0.1, rho: Penalty = 1e-3, growth: Growth = 2.2, every: Steps = 50,
     constraint: Annotated[str, Pick("weight", "filter", "channel", "shape")] = "weight", state: State | None = None,
 ) -> Masked:  # fmt: skip
     """ADMM weight pruning.
