@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 import cmlib
+from cmlib.core.bake import bake
 from cmlib.core.knobs import Keep, Span
 from cmlib.core.method import score
 from cmlib.core.packed import Masked
-from cmlib.lab.files import save
+from cmlib.lab.cost import multiply_adds
+from cmlib.lab.files import length, save
 from cmlib.lab.measure import threads_at
 from cmlib.lab.train import evaluate
 from cmlib.lab.zoo import load_net
@@ -606,9 +608,18 @@ def test_what_a_plan_warns_of_is_a_note(recwarn):
     panel = digits_panel(net="cnn", keep=0.01, unit="filter")
     notes = {n["title"]: n["text"] for n in panel.notes(panel.state)}
     assert "conv1 would keep none of its 8 channels; its best one stays" in notes["Warning."] and not recwarn.list
-    assert "bake(model)" in notes["Why did the multiply-adds not move?"]
-    notes = {n["title"]: n["text"] for n in panel.notes(panel.move(unit="row", keep=0.5))}
-    assert "Warning." not in notes and "bake" not in notes["Why did the multiply-adds not move?"]
+    plain = {n["title"] for n in panel.notes(panel.move(unit="row", keep=0.5))}
+    assert "Why did the multiply-adds not move?" in plain and "Filters go whole." not in plain and "Warning." not in plain
+
+
+def test_filters_that_go_whole_are_timed_without_them():
+    panel = digits_panel(net="cnn", keep=0.5, unit="filter")
+    *_, panel.state.speed = panel.speeds(panel.state)
+    small = bake(panel.model())
+    assert panel.state.speed.multiply_adds == multiply_adds(small, torch.zeros(1, 1, 8, 8)) < 0.5 * panel.dense.multiply_adds
+    notes = {n["title"]: n["text"] for n in panel.notes(panel.state)}
+    assert "Why did the multiply-adds not move?" not in notes
+    assert words.size_text(length(small, {})) in notes["Filters go whole."]
 
 
 # Every method, and methods of one's own

@@ -164,7 +164,7 @@ def _maps(model: nn.Module, layers: Layers, xs: Tensor) -> dict[str, _Found]:
             traced.own(out, name)
 
         makers = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() > 1]
-        handles = [m.register_forward_hook(lambda _, __, o, f=first.get(n, n): note(f, o)) for n, m in makers]
+        handles = [m.register_forward_hook(lambda _, __, o, n=n: note(first.get(n, n), o)) for n, m in makers]
         try:
             output = model(xs)
         finally:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.apply import Plan, Planner, attach_plan, baked, plan_of, weighted
+from ..core.bake import bake
+from ..core.channels import UntraceableError
 from ..core.method import Method
 from ..lab.cost import multiply_adds
 from ..lab.data import Data
@@ -236,12 +238,20 @@ class Walk:
 
     def speeds(self, state: State) -> Iterator[Speed]:
         """Operations, and the latency beside the dense network's: what takes too long for a moving hand, better known after each slice."""
-        models, x = {"dense": baked(self.net), "now": baked(self.model(state))}, self.live.starts[0][0][:1]
-        times, count = [], multiply_adds(models["now"], x)
+        small = self._small(state)
+        models, x = {"dense": baked(self.net), "now": small or baked(self.model(state))}, self.live.starts[0][0][:1]
+        times, count, size = [], multiply_adds(models["now"], x), length(small, {}) if small else None
         for _ in range(SLICES):
             times.append(latency(models, x, ROUNDS, torch.get_num_threads()))
             known = pd.concat(times).groupby(level=0, sort=False).median()
-            yield Speed(count, *known.ms, known.ratio["now"])
+            yield Speed(count, *known.ms, known.ratio["now"], size)
+
+    def _small(self, state: State) -> nn.Module | None:
+        """The state's network without the filters that go whole; None where none goes, or where they cannot be taken out."""
+        try:
+            return bake(self.model(state), self.data) if state.whole else None
+        except UntraceableError:
+            return None
 
 
 def shipped(net: nn.Module) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ class Speed:
     dense_ms: float
     ms: float
     ratio: float  # of dense over now, the models taking turns
+    small_bytes: int | None = None  # of the file of the network without its whole filters, where they were taken out
 
 
 @dataclass(eq=False)
@@ -95,6 +96,11 @@ class State:
     def total(self) -> int:
         return sum(p.mask.numel() for p in self.plan.values())
 
+    @property
+    def whole(self) -> bool:
+        """Whether filters go with all that belongs to them, so that they can be taken out for real."""
+        return any(p.vectors for p in self.plan.values())
+
 
 def cells(state: State, dense: Dense) -> list[list[str]]:
     """The table: label, dense, now, change. What is not measured yet is an ellipsis."""
@@ -130,10 +136,11 @@ def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     found.append(note("info", title, _storage(state)))
     if is_n_of_m(state.knobs.get("unit", "")):
         found.append(note("info", f"{state.knobs['unit']} fixes the share.", "So many weights of every group stay, whatever keep says."))
-    if state.kept < state.total:
-        why = "The mask sits in a dense matrix: the zeros are still multiplied"
-        until = ", until bake(model) removes the filters for real" if state.knobs.get("unit") == "filter" else ""
-        found.append(note("warn", "Why did the multiply-adds not move?", f"{why}{until}."))
+    if state.whole:
+        size = f" Its file then has {size_text(state.speed.small_bytes)}." if state.speed and state.speed.small_bytes else ""
+        found.append(note("info", "Filters go whole.", f"Multiply-adds and latency are those of bake(model), the network without them.{size}"))
+    elif state.kept < state.total:
+        found.append(note("warn", "Why did the multiply-adds not move?", "The mask sits in a dense matrix: the zeros are still multiplied."))
     return found
 
 
