@@ -523,6 +523,7 @@ def test_apoz_the_papers_rule_is_a_threshold():
     found = shares(net, labelled(x))
     for stds in (0.0, 0.5, 1.0):
         threshold = methods.apoz_threshold(found, stds)
+        assert threshold == pytest.approx(1 - np.mean(found.numpy()) - stds * np.std(found.numpy()), abs=1e-12)
         rows = plan(net, "network_trimming_apoz", where="0", data=labelled(x), threshold=threshold)["0"].rows
         assert torch.equal(~rows, found > found.mean() + stds * found.std(correction=0))
 
@@ -553,8 +554,14 @@ def build_like(model):
 
 
 def test_slimming_1_scales_that_are_held_with_their_filters_are_pulled_too(digits64):
-    copy = compress(load_net("cnn", "digits").double(), "network_slimming", data=digits64, keep=0.5)
-    fit(copy, (digits64[0][:100], digits64[1][:100]), epochs=1, lr=1e-3, hooks=[methods.slimming(10.0)])
+    plain, copy = (compress(load_net("cnn", "digits").double(), "network_slimming", data=digits64, keep=0.5) for _ in range(2))
+    once = partial(
+        fit, data=(digits64[0][:100], digits64[1][:100]), epochs=1, batch=100, lr=1e-3, optimizer=SGD, schedule="constant", keep_best=False
+    )
+    once(plain)
+    once(copy, hooks=[methods.slimming(10.0)])
+    moved = latent(copy.bn1).detach() - latent(plain.bn1).detach()
+    assert torch.allclose(moved, -1e-2 * latent(plain.bn1).detach().sign(), rtol=0, atol=1e-12)
     rows = plan_of(copy)["conv1"].rows
     assert (copy.bn1.weight[~rows] == 0).all() and (copy.bn1.weight[rows] != 0).all()
 
