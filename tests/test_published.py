@@ -118,6 +118,12 @@ def test_random_places_rise_and_are_as_many_as_asked(total, kept):
     assert kept == 0 or (found[0] >= 0 and found[-1] < total)
 
 
+@pytest.mark.parametrize("kept", [-1, 11])
+def test_more_places_than_there_are_cannot_be_drawn(kept):
+    with pytest.raises(ValueError, match=rf"{kept} of 10 places cannot be drawn"):
+        random_places(10, kept, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("total, kept", [(6, 2), (6, 4)])
 def test_every_choice_of_places_is_equally_likely(total, kept):
     rng, draws = np.random.default_rng(0), 6_000

@@ -23,9 +23,9 @@ BYTES = 4  # a value in float32
 
 
 def published_layers(paper: str, network: str) -> pd.DataFrame:
-    """The paper's table of a network: layer, weights and kept (as printed, rounded), density in (0, 1], source.
+    """The paper's table of a network: layer, weights (as printed, rounded), kept, density in (0, 1], source.
 
-    Its last row, ``total``, is what the paper claims for the whole network. ValueError names the papers, or the paper's networks, that there are.
+    Its last row, ``total``, is what the paper claims for the whole network; of a layer, kept is density times weights. ValueError names the papers, or the paper's networks, that there are.
     """
     path = TABLES / f"{paper}.csv"
     if path not in TABLES.glob("*.csv"):
@@ -70,6 +70,8 @@ def random_places(total: int, kept: int, rng: np.random.Generator) -> np.ndarray
 
     Each place is drawn with a chance a little too high, by the gaps between them; then what is too many is dropped at random.
     """
+    if not 0 <= kept <= total:
+        raise ValueError(f"{kept:,} of {total:,} places cannot be drawn")
     if kept == 0:
         return np.zeros(0, np.int64)
     chance = min(1.0, (kept + 6 * math.sqrt(kept) + 20) / total)
