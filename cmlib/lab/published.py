@@ -25,7 +25,8 @@ BYTES = 4  # a value in float32
 def published_layers(paper: str, network: str) -> pd.DataFrame:
     """The paper's table of a network: layer, weights (as printed, rounded), kept, density in (0, 1], source.
 
-    Its last row, ``total``, is what the paper claims for the whole network; of a layer, kept is density times weights. ValueError names the papers, or the paper's networks, that there are.
+    Its last row, ``total``, is what the paper claims for the whole network; of a layer, kept is density times weights. ValueError names the
+    papers, or the paper's networks, that there are.
     """
     path = TABLES / f"{paper}.csv"
     if path not in TABLES.glob("*.csv"):
