@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "catalog": "methods", "find": "methods", "baked": "core.apply", "bake": "core.bake",
+    "catalog": "methods", "find": "methods", "with_plain_weights": "core.apply", "bake": "core.bake",
     "compress": "lab.verbs", "plan": "lab.verbs",
     "fit": "lab.train", "evaluate": "lab.train", "predict": "lab.train", "prune_and_train": "lab.train",
     "measure": "lab.measure", "Row": "lab.row", "over_seeds": "lab.row", "rows_table": "lab.row", "sparse_crossover": "lab.measure",

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cmlib.core.apply import Planner, attached, baked, covered, latent, plan_of, substituted, weighted
+from cmlib.core.apply import Planner, attached, covered, latent, plan_of, substituted, weighted, with_plain_weights
 from cmlib.core.method import score
 from cmlib.core.packed import Masked
 from cmlib.lab.train import evaluating, fit, predict
@@ -148,7 +148,7 @@ def test_the_original_stays_bit_for_bit(net, pair, method):
     where = "fc2" if method == "optimal_brain_surgeon" else "*"
     copy = compress(net, method, where=where, data=pair)
     fit(copy, pair, epochs=2)
-    baked(copy)
+    with_plain_weights(copy)
     assert unchanged(net, before) and repr(net) == text and net.training
     assert not any(m._forward_hooks for m in net.modules()) and all(p.grad is None for p in net.parameters())
 
@@ -160,11 +160,11 @@ def test_a_compressed_original_stays_too(net, pair, method):
     first = compress(net, method, where=layer, data=pair)
     before, outputs = state(first), predict(first, pair[0])
     second = compress(first, "magnitude_pruning_han", keep=0.05)
-    baked(first)
+    with_plain_weights(first)
     if catalog()[method].selects:
         compress(deepcopy(first), method, where=layer, data=pair)
     else:  # it would forget what is gone
-        with pytest.raises(ValueError, match=r"learns its own mask.*baked"):
+        with pytest.raises(ValueError, match=r"learns its own mask.*with_plain_weights"):
             compress(deepcopy(first), method, where=layer, data=pair)
         if layer == "fc2":
             assert plan(first, method, where="fc1", data=pair)["fc1"].kept  # elsewhere it forgets nothing
@@ -188,7 +188,7 @@ def test_copies_of_copies_and_baked_ones_give_the_same_outputs(net, pair, method
     copy = compress(net, method, where=one(method), data=pair)
     fit(copy, pair, epochs=1)
     outputs = predict(copy, pair[0])
-    again, plain = deepcopy(copy), baked(copy.train())
+    again, plain = deepcopy(copy), with_plain_weights(copy.train())
     assert torch.equal(predict(again, pair[0]), outputs) and torch.equal(predict(plain, pair[0]), outputs)
     for name, module in plain.named_modules():
         assert not parametrize.is_parametrized(module) and not module._forward_hooks
@@ -294,7 +294,7 @@ def test_torchvisions_networks(make, where, method):
     assert abs(kept - 0.25 * total) <= 0.5 * len(made)
     with torch.no_grad():
         assert torch.isfinite(copy(data[0])).all()
-        assert torch.allclose(baked(copy)(data[0]), copy(data[0]), rtol=0, atol=0)
+        assert torch.allclose(with_plain_weights(copy)(data[0]), copy(data[0]), rtol=0, atol=0)
     fit(copy, data, epochs=1, batch=4)
     for name, packed in made.items():
         assert (copy.get_submodule(name).weight[~packed.mask] == 0).all()

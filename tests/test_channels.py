@@ -7,7 +7,7 @@ import torch
 import torchvision.models as zoo_of_others
 from torch import nn
 
-from cmlib.core.apply import Planner, attached, baked, gather, held, plan_of, weighted
+from cmlib.core.apply import Planner, attached, gather, held, plan_of, weighted, with_plain_weights
 from cmlib.core.bake import bake, dead, narrowed, widths
 from cmlib.core.channels import UntraceableError, example_of, groups
 from cmlib.core.method import score
@@ -205,7 +205,7 @@ def test_narrowing_refuses_nothing_it_was_not_told(tmp_path):
 
 
 def test_a_dead_channel_is_zero_in_every_vector(digits):
-    net = baked(load_net("cnn", "digits"))
+    net = with_plain_weights(load_net("cnn", "digits"))
     group = groups(net, torch.zeros(1, 1, 8, 8))[0]
     net.conv1.weight.data[2] = 0
     assert dead(net, group) == []

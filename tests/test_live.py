@@ -200,7 +200,7 @@ def test_a_question_changes_and_copies_nothing(lenet, lenet_live, monkeypatch):
     original = {n: t.clone() for n, t in lenet.state_dict().items()}
     weights = weights_of(lenet, 0.1)
     monkeypatch.setattr(nn.Module, "__deepcopy__", lambda *_: pytest.fail("copied"), raising=False)
-    monkeypatch.setattr(module, "baked", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(module, "with_plain_weights", lambda *_: pytest.fail("copied"))
     list(lenet_live.estimates(weights))
     lenet_live.accuracy(weights)
     after = lenet_live.model.state_dict(keep_vars=True)

@@ -16,7 +16,7 @@ from sklearn.linear_model import Lasso
 from torch import nn
 from torch.nn.utils import prune as reference
 
-from cmlib.core.apply import Hook, apply_weight, attach, attached, baked, gather, latent, plan_of, weighted
+from cmlib.core.apply import Hook, apply_weight, attach, attached, gather, latent, plan_of, weighted, with_plain_weights
 from cmlib.core.packed import Masked
 from cmlib.core.select import select
 from cmlib.lab.train import evaluate, fit, predict
@@ -909,7 +909,7 @@ def test_l0_at_test_the_gate_has_no_noise_and_the_copy_computes_with_the_plan(ml
     made, copy = plan(mlp, "l0_hard_concrete"), compress(mlp, "l0_hard_concrete")
     for name, packed in made.items():
         assert torch.equal(copy.get_submodule(name).weight, packed.dense())
-        assert torch.equal(baked(copy).get_submodule(name).weight, packed.dense())
+        assert torch.equal(with_plain_weights(copy).get_submodule(name).weight, packed.dense())
     first, second = (copy.train().fc1.weight.detach().clone() for _ in range(2))
     assert not torch.equal(first, second)
 

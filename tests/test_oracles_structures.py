@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import prune as reference
 
 from cmlib.core import channel_evidence
-from cmlib.core.apply import Hook, attach, attached, attached_hooks, baked, gather, latent, penalty, plan_of, weighted
+from cmlib.core.apply import Hook, attach, attached, attached_hooks, gather, latent, penalty, plan_of, weighted, with_plain_weights
 from cmlib.core.bake import bake
 from cmlib.core.select import select
 from cmlib.lab.cost import layer_costs
@@ -434,7 +434,7 @@ def test_sfp_5_the_network_without_the_zero_filters_says_the_same(digits):
     small, x = bake(copy), digits.validation[0][:50]
     assert small.conv1.out_channels == 4 and small.conv2.out_channels == 8
     assert torch.allclose(predict(small, x), predict(copy, x), rtol=0, atol=1e-10)
-    left = baked(compress(copy, "magnitude_pruning_han", where="fc", keep=1.0))
+    left = with_plain_weights(compress(copy, "magnitude_pruning_han", where="fc", keep=1.0))
     with torch.no_grad():  # the batch norms as they were in training: what is removed with the filters did say something
         for name in ("bn1", "bn2"):
             for part in ("weight", "bias"):
@@ -445,7 +445,7 @@ def test_sfp_5_the_network_without_the_zero_filters_says_the_same(digits):
 def test_sfp_6_one_epoch_from_a_trained_network_is_l2_pruning_of_what_that_epoch_left(digits64):
     model = load_net("mlp", "digits").double()
     copy, before = softly(model, digits64, lr=0.03)
-    twin = baked(copy)
+    twin = with_plain_weights(copy)
     with torch.no_grad():
         twin.fc1.weight.copy_(before)
     by_norm = plan(twin, "l1_norm_filter_pruning", where="fc1", p=2, keep=23 / 32)["fc1"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.apply import baked, plan_of
+from ..core.apply import plan_of, with_plain_weights
 from ..core.inputs import as_input
 from ..core.schedule import Stage
 from ..lab import runs
@@ -79,7 +79,7 @@ def _sparsest(seed: int) -> dict[str, Any]:
     model, _ = prune_and_train(load_net(net, "mnist", seed), SPARSEST["method"], data, schedule, knobs=knobs, seed=seed, **training)
     plan = plan_of(model)
     fewer = sum(p.mask.numel() for p in plan.values()) / sum(p.kept for p in plan.values())
-    return {"fewer": fewer, "file_bytes": length(baked(model), plan), **{part: evaluate(model, data, part=part) for part in PARTS}}
+    return {"fewer": fewer, "file_bytes": length(with_plain_weights(model), plan), **{part: evaluate(model, data, part=part) for part in PARTS}}
 
 
 def run(name: str, seed: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a method to a model: which layers are covered, the plan that all verbs share, and what stands between a layer and its weight.
 
 ``Planner`` works out evidence, scores and rankings once and answers every knob from them: the slider's engine, and what ``plan`` and
-``compress`` use. ``attach`` puts a packed value between a layer and its weight; ``baked`` makes the weights plain again.
+``compress`` use. ``attach`` puts a packed value between a layer and its weight; ``with_plain_weights`` is a copy with nothing attached.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Planner:
     @cached_property
     def structure(self) -> Structure:
         """The channels of the covered layers, for filters that go whole."""
-        return Structure(baked(self.model), example_of(self.model, self.data), self.layers)
+        return Structure(with_plain_weights(self.model), example_of(self.model, self.data), self.layers)
 
     def __call__(self, **knobs: Any) -> Plan:
         """The plan {layer: packed} for these knobs. ValueError for a knob that is misspelt or out of range."""
@@ -127,7 +127,7 @@ class Planner:
     def _own(self, knobs: dict[str, Any]) -> Plan:
         """The plan of a method that makes its masks itself."""
         if not self.previous.keys().isdisjoint(self.layers):
-            raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it baked(model)")
+            raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it with_plain_weights(model)")
         made = {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
         if self.method.filters is None or not call(self.method.filters, {}, knobs):
             return made
@@ -413,7 +413,7 @@ def held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                     yield name, module, parameter
 
 
-def baked(model: nn.Module) -> nn.Module:
+def with_plain_weights(model: nn.Module) -> nn.Module:
     """A copy with plain weights: the same outputs, nothing attached, nothing left to work out on a forward pass."""
     copy = deepcopy(model).eval()
     for _, owner, parameter in list(held(copy)):  # first: what they hold follows the layers' masks

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import baked
+from .apply import with_plain_weights
 from .channels import Group, UntraceableError, example_of, graph_of, groups
 
 WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
@@ -20,7 +20,7 @@ def bake(model: nn.Module, data: Any = None) -> nn.Module:
     Its outputs are the masked network's. ``data`` (a data set or a pair) gives the image that channels are traced with; the kit's networks need
     none. UntraceableError where the forward pass cannot be followed, or where a zero channel still matters (an activation with f(0) != 0).
     """
-    small, example = baked(model), example_of(model, data)
+    small, example = with_plain_weights(model), example_of(model, data)
     before = widths(small)
     channels_last = any(p.dim() == 4 and not p.is_contiguous() for p in small.parameters())
     expected = _outputs(small, example)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..core.apply import baked, plan_of, weighted
+from ..core.apply import plan_of, weighted, with_plain_weights
 from ..core.inputs import device_of, pair_of
 from ..core.packed import Masked, Packed
 from . import files
@@ -57,7 +57,7 @@ def measure(
         raise ValueError(f"measure needs batch, rounds and threads of 1 at least; got {batch}, {rounds}, {threads}")
     models = {"now": model} if reference is None else {"dense": reference, "now": model}
     with threads_at(threads):
-        plain = {key: baked(m) for key, m in models.items()}
+        plain = {key: with_plain_weights(m) for key, m in models.items()}
         found = {key: _stored(m, plain[key]) | {"batch": batch, "threads": threads} for key, m in models.items()}
         if data is not None:
             images, labels = pair_of(data, part)
@@ -152,7 +152,7 @@ def latency(models: dict[str, nn.Module], example: Tensor, rounds: int = 30, thr
     A line a model: ms (median), low, high (quartiles), ms_per_image, ratio (median over rounds of the first model's time over this
     one's), rounds (fewer than asked where they would take over two seconds). Neither models nor thread settings are changed.
     """
-    calls = [partial(_forward, baked(m), example.to(device_of(m))) for m in models.values()]
+    calls = [partial(_forward, with_plain_weights(m), example.to(device_of(m))) for m in models.values()]
     with threads_at(threads), torch.inference_mode():
         times = milliseconds(*calls, repeats=rounds, seconds=2.0)
     low, middle, high = np.quantile(times, (0.25, 0.5, 0.75), axis=1)
@@ -202,7 +202,7 @@ def peak_memory(model: nn.Module, example: Tensor) -> int:
     On a GPU what its allocator counts. On a CPU the tensors that operations return, while they live; a kernel's own scratch space is
     not seen.
     """
-    model, device = baked(model), device_of(model)
+    model, device = with_plain_weights(model), device_of(model)
     x = example.to(device)
     held = sum({t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers(), x]}.values())
     with torch.no_grad():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.apply import Plan, Planner, attach_plan, baked, substituted
+from ..core.apply import Plan, Planner, attach_plan, substituted, with_plain_weights
 from ..core.bake import bake
 from ..core.channels import example_of
 from ..core.inputs import pair_of, sample
@@ -106,7 +106,7 @@ def sensitivity(model: nn.Module, method: Method | str, data: Data | train.Pair,
     A line a layer and keep: layer, keep (asked), channels (of the layer), kept (of these), accuracy in [0, 1] on ``part``, drop (from the model as
     given; below 0 where pruning helped). ``unit="weight"`` scans weights instead (Han et al. 2015, figure 6). The model is not changed.
     """
-    layers, plain = Layers(model, method, data, where, **knobs), baked(model)
+    layers, plain = Layers(model, method, data, where, **knobs), with_plain_weights(model)
     images, labels = pair_of(data, part)
     dense = _accuracy(plain, {}, images, labels, batch)
     rows = []

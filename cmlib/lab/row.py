@@ -41,7 +41,7 @@ class Layer:
 class Row:
     """One measured model; a field is None where there was nothing to measure it with. ``dense`` is the reference's own row.
 
-    ``mode``            simulated (masks on dense tensors) or baked (plain weights).
+    ``mode``            simulated (masks on dense tensors) or baked (plain weights, as small as they are).
     ``parameters``      numbers that no mask removes, biases and batch norm included.
     ``weight_bits``     mean bits that a covered weight costs as stored, index included.
     ``file_bytes``      of a file really written: ``header_bytes`` + ``array_bytes``; ``index_bytes`` of these say where weights lie.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..core.apply import baked
+from ..core.apply import with_plain_weights
 from ..core.inputs import as_input, device_of, pair_of, stratified
 
 HALF_WIDTH = 0.02  # an estimate is shown once its interval is at most this wide to either side
@@ -59,7 +59,7 @@ class Live:
     """
 
     def __init__(self, model: nn.Module, data: Any, *, batch: int = 125, part: str = "validation") -> None:
-        self.model, self.lock = baked(model), threading.Lock()
+        self.model, self.lock = with_plain_weights(model), threading.Lock()
         self.parameters = {n for n, _ in self.model.named_parameters()}
         images, labels = pair_of(data, part)
         self.order = stratified(labels, len(labels))

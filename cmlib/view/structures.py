@@ -16,8 +16,8 @@ from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 from torch import nn
 
-from ..core.apply import baked as plain
 from ..core.apply import type_name, weighted
+from ..core.apply import with_plain_weights as plain
 from ..core.channels import example_of, groups
 from .plots import (
     AMBER,

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Plan, Planner, attach_plan, baked, plan_of, weighted
+from ..core.apply import Plan, Planner, attach_plan, plan_of, weighted, with_plain_weights
 from ..core.bake import bake
 from ..core.channels import UntraceableError
 from ..core.method import Method
@@ -106,7 +106,7 @@ class Walk:
 
     def trained(self, state: State, net: nn.Module, training: dict[str, Any]) -> State:
         """The state that training made of ``state``, measured; ``net`` is the trained network."""
-        found = self._state(state.knobs, plan_of(net), net=baked(net), training=training, before=state)
+        found = self._state(state.knobs, plan_of(net), net=with_plain_weights(net), training=training, before=state)
         self._finish(found, predict(found.net, self.live.images).argmax(1))
         return found
 
@@ -239,7 +239,7 @@ class Walk:
     def speeds(self, state: State) -> Iterator[Speed]:
         """Operations, and the latency beside the dense network's: what takes too long for a moving hand, better known after each slice."""
         small = self._small(state)
-        models, x = {"dense": baked(self.net), "now": small or baked(self.model(state))}, self.live.starts[0][0][:1]
+        models, x = {"dense": with_plain_weights(self.net), "now": small or with_plain_weights(self.model(state))}, self.live.starts[0][0][:1]
         times, count, size = [], multiply_adds(models["now"], x), length(small, {}) if small else None
         for _ in range(SLICES):
             times.append(latency(models, x, ROUNDS, torch.get_num_threads()))

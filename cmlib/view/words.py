@@ -13,7 +13,7 @@ from ..core.knobs import Knob, Span
 from ..core.select import is_n_of_m
 from .live import Estimate
 
-KNOB_LABELS = {"keep": "keep, share of weights", "lam": "λ, strength of the penalty", "c": "c, threshold in standard deviations"}
+KNOB_LABELS = {"keep": "keep, share that stays", "lam": "λ, strength of the penalty", "c": "c, threshold in standard deviations"}
 
 
 @dataclass(frozen=True)
