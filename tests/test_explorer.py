@@ -612,6 +612,15 @@ def test_what_a_plan_warns_of_is_a_note(recwarn):
     assert "Why did the multiply-adds not move?" in plain and "Filters go whole." not in plain and "Warning." not in plain
 
 
+def test_a_move_does_not_mind_a_measurement_under_way():
+    panel = digits_panel(net="cnn", keep=0.5, unit="filter")
+    found = []
+    hook = panel.live.model.conv1.register_forward_pre_hook(lambda *_: found.append(panel.look({**panel.start, "keep": 0.25}).weights))
+    next(panel.live.batches(panel.state.weights))  # other weights are in place of the model's own meanwhile
+    hook.remove()
+    assert found[0]["bn1.bias"].count_nonzero() == 2
+
+
 def test_filters_that_go_whole_are_timed_without_them():
     panel = digits_panel(net="cnn", keep=0.5, unit="filter")
     *_, panel.state.speed = panel.speeds(panel.state)

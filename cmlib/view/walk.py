@@ -68,7 +68,7 @@ class Walk:
         self.rest_bytes = size["arrays"] - covered
         first, image = next(iter(weighted(net))), self._image()
         self.views = {n: cards.LayerView(n, w, image if n == first else None) for n, w in self.planner.weights.items()}
-        self.pictured, self.maps = deepcopy(self.live.model), {}  # feature maps have a model of their own: the other may be measuring
+        self.pictured, self.maps = deepcopy(self.live.model), {}  # a model of this thread's own: the other may be measuring, other weights in place
 
     def _image(self) -> tuple[int, int, int] | None:
         """(channels, height, width) of an image that the network's first layer reads pixel by pixel."""
@@ -102,7 +102,7 @@ class Walk:
 
     def _state(self, knobs: dict[str, Any], plan: Plan, **more: Any) -> State:
         packed = sum(p.bits() for p in plan.values()) // 8
-        return State(knobs, plan, self.live.model, packed, packed + self.rest_bytes + self.header_bytes, source=self.source, **more)
+        return State(knobs, plan, self.pictured, packed, packed + self.rest_bytes + self.header_bytes, source=self.source, **more)
 
     def trained(self, state: State, net: nn.Module, training: dict[str, Any]) -> State:
         """The state that training made of ``state``, measured; ``net`` is the trained network."""
