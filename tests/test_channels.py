@@ -90,7 +90,7 @@ def test_the_kits_networks_shrink_and_say_the_same(net, mnist):
     assert multiply_adds(small, x[:1]) < 0.45 * multiply_adds(dense, x[:1])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16", "googlenet"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16", "googlenet", "densenet121"])
 def test_torchvisions_networks_shrink_and_say_the_same(name, tmp_path):
     model, data = others(name)
     before = {n: t.clone() for n, t in model.state_dict().items()} if name != "vgg16" else {}
@@ -143,7 +143,7 @@ def test_one_filter_stays_and_says_so():
 
 
 def test_the_output_cannot_go_and_what_has_no_image_asks_for_one():
-    with pytest.raises(ValueError, match=r"fc2 are the network's output and cannot go.*unit='row'"):
+    with pytest.raises(ValueError, match=r"the channels of fc2 cannot go: they are the network's output; unit='row'"):
         plan(load_net("mlp", "digits"), FILTERS, where="fc2")
     with pytest.raises(UntraceableError, match=r"pass data=\(images, labels\)"):
         example_of(nn.Linear(3, 2))
@@ -173,7 +173,7 @@ class Offset(nn.Module):
 
 def test_a_network_that_cannot_be_followed_is_told():
     data = torch.rand(8, 4), torch.zeros(8, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"output and cannot go|cannot follow"):
+    with pytest.raises(ValueError, match=r"cannot go|cannot follow"):
         compress(Curious(), FILTERS, data=data, keep=0.5)
     assert compress(Curious(), HAN, unit="row", keep=0.5).a.weight.count_nonzero() == 12
     masked = compress(Offset(), FILTERS, data=data, keep=0.5)
@@ -265,3 +265,97 @@ def test_a_planner_leaves_out_layers_without_what_is_asked(mnist):
     with pytest.raises(ValueError, match=r"asks for zeros.*behind its ReLU.*none of conv1"):
         Planner(load_net("lenet5", "mnist"), method, data=mnist, where="conv1")
     assert evaluate(compress(load_net("lenet5", "mnist"), method, data=mnist, keep=0.9), mnist) > 0.9
+
+
+# pruned again and again
+
+
+GAMMA = "network_slimming"
+
+
+def chain(*, norm=nn.BatchNorm2d):
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    return made, (torch.rand(8, 3, 8, 8), torch.randint(0, 4, (8,)))
+
+
+@pytest.mark.parametrize("scope", ["layer", "network"])
+@pytest.mark.parametrize("method", [FILTERS, GAMMA, "magnitude_pruning_han"])
+def test_filters_pruned_in_two_steps_are_those_of_one(method, scope):
+    model, data = chain()
+    stirred(model)
+    for keep in (0.75, 0.5, 0.25):
+        given = {"data": data, "unit": "filter", "scope": scope, "keep": keep}
+        once = plan_of(compress(model, method, **given))
+        twice = plan_of(compress(compress(model, method, **{**given, "keep": 0.9}), method, **given))
+        assert all(torch.equal(p.mask, twice[n].mask) and p.vectors == twice[n].vectors for n, p in once.items())
+
+
+def test_weights_pruned_after_filters_leave_the_filters_silent(tmp_path):
+    model, data = chain()
+    first = compress(stirred(model), FILTERS, data=data, keep=0.5)
+    second = compress(first, HAN, keep=0.3)
+    save(second, tmp_path / "both")
+    back = load(tmp_path / "both", into=chain()[0].eval())
+    assert torch.equal(back(data[0]), second.eval()(data[0]))
+    assert widths(bake(second, data))["0"]["out_channels"] == 4
+
+
+def test_a_rebuilt_reader_keeps_its_own_mask():
+    model, data = chain()
+    masked = compress(stirred(model), HAN, where="3", keep=0.1)
+    before = plan_of(masked)["3"].mask
+    for method in ("lasso_channel_pruning", "thinet"):
+        after = plan_of(compress(masked, method, where="0", keep=0.5, data=data))["3"].mask
+        assert torch.equal(after, before)
+
+
+def test_a_joint_repair_reaches_layers_that_are_tied_to_a_covered_one():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.c((y + self.b(y).relu()).mean((2, 3)))
+
+    found = plan(Block(), "optimal_brain_surgeon", where="a", unit="filter", keep=0.5, data=(torch.rand(9, 1, 6, 6), torch.randint(0, 3, (9,))))
+    assert torch.equal(found["a"].rows, found["b"].rows) and int(found["a"].rows.sum()) == 2
+
+
+# what cannot lose a channel
+
+
+@pytest.mark.parametrize(
+    ("between", "said"),
+    [(nn.GroupNorm(2, 8), r"0 cannot go: 1 \(GroupNorm\) is on their way"), (nn.PReLU(8), r"0 cannot go: 1 \(PReLU\)"),
+     (nn.Conv2d(8, 8, 3, groups=4), r"0 cannot go: 1 is a grouped convolution")],
+)  # fmt: skip
+def test_what_stands_in_the_way_is_told(between, said):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), between, nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.LazyLinear(3))
+    data = torch.rand(5, 1, 12, 12), torch.randint(0, 3, (5,))
+    model(data[0])
+    with pytest.warns(UserWarning, match=said):
+        masked = compress(model, FILTERS, data=data, keep=0.5)
+    assert (masked[0].weight.flatten(1).any(1)).all() and int(plan_of(masked)["2"].rows.sum()) == 3
+    assert same(bake(masked, data)(data[0]), masked.eval()(data[0]))
+    with pytest.raises(ValueError, match=said):
+        compress(model, FILTERS, where="0", data=data)
+
+
+def test_taylor_follows_the_map_to_its_activation_whatever_that_is():
+    class Smooth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.bn, self.b = nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.b(nn.functional.gelu(self.bn(self.a(x))).mean((2, 3)))
+
+    model, data = stirred(Smooth()), (torch.rand(7, 1, 6, 6), torch.randint(0, 3, (7,)))
+    z = nn.functional.gelu(model.bn(model.a(data[0]))).detach().requires_grad_()
+    slope = torch.autograd.grad(nn.functional.cross_entropy(model.b(z.mean((2, 3))), data[1], reduction="sum"), z)[0]
+    expected = (z * slope).mean((2, 3)).abs().mean(0)
+    assert torch.allclose(gather(model, weighted(model), "flow", data)["a"], expected.detach(), rtol=1e-4)

@@ -411,4 +411,6 @@ def test_masked_filters_are_told_from_removed_ones():
     told = [r for r in row.explain() if "bake(model)" in r]
     assert len(told) == 1 and "conv1 4 of 8" in told[0] and "conv2 8 of 16" in told[0]
     assert not any("bake(model)" in r for r in small.explain())
+    rows = [r for r in measure(compress(net, "magnitude_pruning_han", unit="row", keep=0.5), reference=net).explain() if "bake(model)" in r]
+    assert len(rows) == 1 and 'unit="filter" silences' in rows[0]
     assert small.parameters < 0.4 * row.dense.parameters and small.file_bytes < row.file_bytes

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cmlib.bench import structures
 from cmlib.lab import runs
 
 
@@ -20,8 +21,8 @@ def test_a_run_is_done_once_for_a_recipe(folder):
         done.append(1)
         return {"accuracy": 0.5 + 0.1 * len(done)}
 
-    assert runs.stored("kind", {"seed": 0}, work) == runs.stored("kind", {"seed": 0}, work) == {"accuracy": 0.6}
-    assert runs.stored("kind", {"seed": 1}, work) == {"accuracy": 0.7} and len(done) == 2
+    assert runs.stored({"kind": "kind", "seed": 0}, work) == runs.stored({"kind": "kind", "seed": 0}, work) == {"accuracy": 0.6}
+    assert runs.stored({"kind": "kind", "seed": 1}, work) == {"accuracy": 0.7} and len(done) == 2
     found = runs.table("kind")
     assert sorted(found.accuracy) == [0.6, 0.7] and set(found.seed) == {0, 1} and found.machine.str.contains("torch").all()
 
@@ -31,13 +32,13 @@ def test_nothing_is_stored_where_the_work_fails(folder):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.stored("kind", {"seed": 0}, work)
+        runs.stored({"kind": "kind", "seed": 0}, work)
     with pytest.raises(runs.RunError, match=r"no stored run of kind 'kind'.*bench --only kind"):
         runs.table("kind")
 
 
 def test_an_altered_or_cut_run_is_refused(folder):
-    runs.stored("kind", {"seed": 0}, lambda: {"accuracy": 0.5})
+    runs.stored({"kind": "kind", "seed": 0}, lambda: {"accuracy": 0.5})
     path = next(folder.iterdir())
     whole = path.read_text()
     content = json.loads(whole)
@@ -47,9 +48,20 @@ def test_an_altered_or_cut_run_is_refused(folder):
         runs.table("kind")
     path.write_text(whole[: len(whole) // 2])
     with pytest.raises(runs.RunError, match=r"cut or not a stored run"):
-        runs.stored("kind", {"seed": 0}, dict)
+        runs.stored({"kind": "kind", "seed": 0}, dict)
 
 
-def test_the_runs_that_ship_are_whole():
-    for kind in {p.name.split("-")[0] for p in runs.RUNS.glob("*.json")}:
-        assert len(runs.table(kind))
+def test_runs_are_asked_for_by_their_recipes(folder):
+    recipes = [{"kind": "kind", "seed": n} for n in range(3)]
+    for n, recipe in enumerate(recipes[:2]):
+        runs.stored(recipe, lambda n=n: {"accuracy": n})
+    assert list(runs.of(recipes[1::-1]).accuracy) == [1, 0]
+    with pytest.raises(runs.RunError, match=r"no stored run of .*'seed': 2.*bench --only kind"):
+        runs.of(recipes)
+
+
+def test_the_runs_that_ship_are_whole_and_all_there():
+    found = runs.table("structures")
+    assert set(found.seed) == {0, 1, 2} and (found.groupby("method").seed.nunique() == 3).all()
+    assert set(structures.CONTROLS) | {"l1_norm_filter_pruning", "lasso_channel_pruning"} <= set(found.method)
+    assert len(runs.of([structures.given(m, s) for m in found.method.unique() for s in range(3)])) == len(found)

@@ -8,6 +8,7 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -21,12 +22,13 @@ from ..lab.files import length
 from ..lab.measure import latency
 from ..lab.ratios import solve
 from ..lab.train import evaluate, fit, prune_and_train
-from ..lab.zoo import SEEDS, build, load_net, recipe
+from ..lab.zoo import RECIPES, SEEDS, card, load_net, recipe
 from .tables import heading, line
 
 NET, DATA = "resnet", "fashion_mnist"
 SHARE = 0.25  # of the dense network's multiply-adds
-EPOCHS = 6  # of training after pruning, for every network alike
+EPOCHS = 6  # of training after pruning; the small net from scratch has as many as the others had in all
+ALL = EPOCHS + RECIPES[NET]["epochs"]
 METHODS = ("l1_norm_filter_pruning", "network_slimming", "network_trimming_apoz", "taylor_pruning", "thinet", "lasso_channel_pruning")
 PARTS = ("validation", "test")
 CONTROLS = ("torch-pruning, magnitude", "the same small net from scratch", "the dense net")
@@ -37,10 +39,10 @@ def structures() -> Iterator[str]:
     for seed in SEEDS:
         for name in (*METHODS, *CONTROLS):
             run(name, seed)
-    found = runs.table("structures")
-    found = found[(found.share == SHARE) & (found.epochs == EPOCHS)]
+    found = runs.of([given(name, seed) for seed in SEEDS for name in (*METHODS, *CONTROLS)])
     yield from heading(
-        f"Residual net on Fashion-MNIST at {SHARE:.0%} of its multiply-adds, {EPOCHS} more epochs for all, three seeds, mean ± standard deviation",
+        f"Residual net on Fashion-MNIST at {SHARE:.0%} of its multiply-adds, {EPOCHS} more epochs (in all {ALL} for every network), three seeds, "
+        "mean ± standard deviation",
         "method", "multiply-adds left", "before training", "validation", "difference to dense, points", "test", "faster, batch 64", "faster, batch 1",
     )  # fmt: skip
     dense = found[found.method == CONTROLS[-1]].validation.mean()
@@ -49,6 +51,12 @@ def structures() -> Iterator[str]:
         cells = [f"{100 * lines[k].mean():.2f} ± {100 * lines[k].std():.2f} %" for k in ("before", "validation", "test")]
         times = [_faster(name, batch) for batch in (64, 1)]
         yield line(name, f"{lines.multiply_adds.mean():.1%}", *cells[:2], f"{100 * (lines.validation.mean() - dense):+.2f}", cells[2], *times)
+    yield f"\n{trained(found)} Times are measured below."
+
+
+def trained(found: pd.DataFrame) -> str:
+    """Where and when stored runs were made."""
+    return f"Trained on {'; '.join(found.machine.unique())}, {found.date.min()} to {found.date.max()}."
 
 
 SPARSEST = {"network": "lenet5", "method": "magnitude_pruning_han", "scope": "network", "lr": 3e-3, "weight_decay": 0.1,
@@ -62,13 +70,19 @@ def sparsest() -> Iterator[str]:
         "LeNet-5 on MNIST: at least 70× fewer weights by iterated magnitude pruning with weight decay, three seeds, mean ± standard deviation",
         "fewer weights", "validation error", "test error", "bound of test error", "file, kB", "seconds a run",
     )  # fmt: skip
+    made = runs.of([_sparsest_recipe(seed) for seed in SEEDS])
     cells = ["{:.2f} ± {:.2f} %".format(*(100 * f(1 - r[part] for r in found) for f in (statistics.mean, statistics.stdev))) for part in PARTS]
     fewer, size = min(r["fewer"] for r in found), statistics.mean(r["file_bytes"] for r in found) / 1e3
-    yield line(f"{fewer:.1f}×", *cells, "0.80 %", f"{size:.1f}", f"{runs.table('sparsest').seconds.max():.0f}")
+    yield line(f"{fewer:.1f}×", *cells, "0.80 %", f"{size:.1f}", f"{made.seconds.max():.0f}")
+    yield f"\n{trained(made)}"
 
 
 def sparsest_run(seed: int) -> dict[str, Any]:
-    return runs.stored("sparsest", {**SPARSEST, "seed": seed}, partial(_sparsest, seed))
+    return runs.stored(_sparsest_recipe(seed), partial(_sparsest, seed))
+
+
+def _sparsest_recipe(seed: int) -> dict[str, Any]:
+    return {"kind": "sparsest", **SPARSEST, "seed": seed, **_before(SPARSEST["network"], "mnist", seed)}
 
 
 def _sparsest(seed: int) -> dict[str, Any]:
@@ -84,14 +98,24 @@ def _sparsest(seed: int) -> dict[str, Any]:
 
 def run(name: str, seed: int) -> dict[str, Any]:
     """One network pruned, trained and judged; read if it was done before."""
-    given = {"method": name, "net": NET, "data": DATA, "seed": seed, "share": SHARE, "epochs": EPOCHS}
-    return runs.stored("structures", given, partial(_run, name, seed))
+    return runs.stored(given(name, seed), partial(_run, name, seed))
+
+
+def given(name: str, seed: int) -> dict[str, Any]:
+    """What a run's result depends on."""
+    here = {"kind": "structures", "method": name, "net": NET, "data": DATA, "seed": seed, "share": SHARE, "epochs": EPOCHS, "all_epochs": ALL}
+    return {**here, **_before(NET, DATA, seed)}
+
+
+def _before(net: str, data: str, seed: int) -> dict[str, Any]:
+    """The network that a run starts from, and the settings of its training."""
+    return {"checkpoint": card(net, data, seed)["sha256"][:12], "training": {k: v for k, v in RECIPES[net].items() if k != "epochs"}}
 
 
 def _run(name: str, seed: int) -> dict[str, Any]:
     data, model = load_data(DATA), small(name, seed)
     before = evaluate(model, data)
-    fit(model, data, **{**recipe(NET, DATA), "epochs": EPOCHS}, seed=seed)
+    fit(model, data, **{**recipe(NET, DATA), "epochs": ALL if name == CONTROLS[1] else EPOCHS}, seed=seed)
     scores = {part: evaluate(model, data, part=part) for part in PARTS}
     one = as_input(data.validation[0][:1], model)
     left = multiply_adds(model, one) / multiply_adds(load_net(NET, DATA, seed), one)
@@ -112,12 +136,10 @@ def small(name: str, seed: int) -> nn.Module:
 
 def untrained(model: nn.Module, seed: int) -> nn.Module:
     """The same architecture with fresh weights."""
-    fresh = build(NET, DATA, seed)
     torch.manual_seed(seed)
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    model.source = fresh.source
     return model
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .channel_evidence import CHANNEL_PROVIDERS, into_reader, reader_of
-from .channels import Structure, example_of
+from .channels import Structure, Vectors, example_of
 from .evidence import PROVIDERS as LAYER_PROVIDERS
 from .evidence import Evidence, Loss
 from .inputs import as_input, device_of, sample
@@ -107,7 +107,11 @@ class Planner:
         if knobs["unit"] == "filter":
             return self._filters(ranking, knobs)
         masks = self._still_gone(ranking.at(knobs["keep"]) if knobs["threshold"] is None else ranking.above(knobs["threshold"]))
-        return {n: Masked(self._values(n, masks, knobs), m, knobs["storage"]) for n, m in masks.items()}
+        return {n: self._masked(n, self._values(n, masks, knobs), m, knobs) for n, m in masks.items()}
+
+    def _masked(self, name: str, values: Tensor, mask: Tensor, knobs: dict[str, Any], vectors: Vectors = ()) -> Masked:
+        """The packed value; vectors that an earlier plan holds at zero stay held."""
+        return Masked(values, mask, knobs["storage"], vectors=vectors or (self.previous[name].vectors if name in self.previous else ()))
 
     def ranking(self, **knobs: Any) -> Ranking:
         """The units in order (scores only)."""
@@ -142,17 +146,18 @@ class Planner:
         masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights.items()}
         masks = self._still_gone(masks | {n: to_weights(rows, "filter", weights[n].shape) for n, (rows, _) in found.items()})
         values = weights if self.method.repair is None else weights | self._repair(masks, knobs)
-        plan = {n: Masked(values[n], m, knobs["storage"], vectors=found.get(n, (m, ()))[1]) for n, m in masks.items()}
+        plan = {n: self._masked(n, values[n], m, knobs, found[n][1] if n in found else ()) for n, m in masks.items()}
         return plan if self.method.rebuild is None else self._rebuilt(plan, knobs)
 
     def _rebuilt(self, plan: Plan, knobs: dict[str, Any]) -> Plan:
         """The plan with the next layers' weights rebuilt for the channels that stay."""
         for group in self.structure.groups:
             reader, places = reader_of(group, self.model)
-            values = plan[reader].values if reader in plan else self._dense({reader: self.model.get_submodule(reader)})[reader]
+            if reader not in plan:
+                w = self._dense({reader: self.model.get_submodule(reader)})[reader]
+                plan[reader] = self.previous.get(reader) or Masked(w, torch.ones_like(w, dtype=torch.bool))
             given = {**self._given[group.first], "rows": plan[group.first].rows}
-            values = into_reader(values, places, call(self.method.rebuild, given, knobs))
-            plan[reader] = replace(plan[reader], values=values) if reader in plan else Masked(values, torch.ones_like(values, dtype=torch.bool))
+            plan[reader] = replace(plan[reader], values=into_reader(plan[reader].values, places, call(self.method.rebuild, given, knobs)))
         return plan
 
     def _dense(self, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -164,7 +169,13 @@ class Planner:
     def _still_last(self, scores: Evidence, shapes: dict[str, torch.Size], unit: str) -> Evidence:
         """What an earlier plan removed counts for nothing, so it goes first (and stays away)."""
         least = -torch.inf if unit == "weight" else 0.0
-        return {n: s.expand(shapes[n]).masked_fill(~self.previous[n].mask, least) if n in self.previous else s for n, s in scores.items()}
+
+        def last(s: Tensor, before: Packed, shape: torch.Size) -> Tensor:
+            if unit in ("row", "filter") and s.numel() == shape[0]:  # one number a filter already: it is not to be summed
+                return s.masked_fill(~before.rows.reshape(s.shape), -torch.inf)
+            return s.expand(shape).masked_fill(~before.mask, least)
+
+        return {n: last(s, self.previous[n], shapes[n]) if n in self.previous else s for n, s in scores.items()}
 
     def _values(self, name: str, masks: Masks, knobs: dict[str, Any]) -> Tensor:
         """The weights that stay: as they are, or rewritten by the method's repair."""
@@ -180,7 +191,7 @@ class Planner:
         if not self.method.joint:
             return {n: call(self.method.repair, {**g, "mask": masks[n]}, knobs) for n, g in self._given.items()}
         given = _end_to_end(self._given)
-        flat = call(self.method.repair, {**given, "mask": torch.cat([m.flatten() for m in masks.values()])}, knobs)
+        flat = call(self.method.repair, {**given, "mask": torch.cat([masks[n].flatten() for n in self._given])}, knobs)
         return _apart(flat, self.weights)
 
     def _score(self, own: dict[str, Any]) -> Evidence:

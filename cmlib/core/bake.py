@@ -24,8 +24,7 @@ def bake(model: nn.Module, data: Any = None) -> nn.Module:
     before = widths(small)
     channels_last = any(p.dim() == 4 and not p.is_contiguous() for p in small.parameters())
     expected = _outputs(small, example)
-    for group in groups(small, example):
-        gone = dead(small, group)
+    for group, gone in [(g, dead(small, g)) for g in groups(small, example)]:  # all looked up before any goes: norms behind a concat shift
         if gone:
             _remove(small, group, gone[:-1] if len(gone) == group.count else gone, example)
     if channels_last:
@@ -74,14 +73,20 @@ def _shape(module: nn.Module, key: str, old: Tensor) -> tuple[int, ...]:
     out = next(n for n in numbers if n is not None)
     if old.dim() == 1:
         return (out,)
+    if getattr(module, "transposed", False):
+        return (module.in_channels, out // module.groups, *old.shape[2:])
     into = module.in_features if isinstance(module, nn.Linear) else module.in_channels // module.groups
     return (out, into, *old.shape[2:])
 
 
 def _remove(model: nn.Module, group: Group, gone: list[int], example: Tensor) -> None:
-    graph = graph_of(model, example)
-    layer = model.get_submodule(group.first)
-    graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone).prune()
+    graph, layer = graph_of(model, example), model.get_submodule(group.first)
+    try:
+        graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone).prune()
+    except Exception as error:
+        raise UntraceableError(
+            f"torch-pruning cannot take channels out of {group.first} ({type(error).__name__}: {error}); leave it out with where=..."
+        ) from error
 
 
 def _outputs(model: nn.Module, example: Tensor) -> Tensor:

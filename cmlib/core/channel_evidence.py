@@ -44,13 +44,16 @@ def zeros(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) ->
 
 
 def flow(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
-    """mean over examples of |mean over positions of z dC/dz|, z each channel's map behind its activation, C the example's loss, (channels,)."""
+    """mean over examples of |mean over positions of z dC/dz|, C the example's loss, (channels,).
+
+    z is each channel's map behind its ReLU; where there is none, as far as batch norm and other maps of the same shape can be followed.
+    """
     total: Evidence = {}
     for xs, ys in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         found = _maps(model, layers, xs)
         if not found:
             break
-        maps = [(name, z) for name, m in found.items() for z in m.relu or m.made]
+        maps = [(name, z) for name, m in found.items() for z in m.relu or [m.last]]
         cost = loss(next(iter(found.values())).output, ys) * len(xs)
         products: dict[str, list[Tensor]] = {}
         for (name, z), g in zip(maps, torch.autograd.grad(cost, [z for _, z in maps], allow_unused=True), strict=True):
@@ -95,11 +98,15 @@ def into_reader(weight: Tensor, places: Tensor, by_channel: Tensor) -> Tensor:
 
 
 def reader_of(group: Group, model: nn.Module) -> tuple[str, Tensor] | None:
-    """The layer that reads a group's channels, and where; None where there are several, several makers, or a grouped convolution."""
+    """The layer that reads a group's channels, and where; None where there are several, several makers, or one whose inputs are not seen."""
     if len(group.readers) != 1 or len(group.makers) != 1:
         return None
     name, places = next(iter(group.readers.items()))
-    return None if getattr(model.get_submodule(name), "groups", 1) != 1 else (name, places)
+    layer = model.get_submodule(name)
+    seen = isinstance(layer, nn.Linear) or (
+        isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+    )
+    return (name, places) if seen else None
 
 
 def _readers(model: nn.Module, layers: Layers, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
@@ -131,6 +138,7 @@ class _Traced(TorchFunctionMode):
         self.owner: dict[int, str] = {}
         self.held: list[Tensor] = []  # while a tensor lives, no other has its id
         self.relu: dict[str, list[Tensor]] = {}
+        self.last: dict[str, Tensor] = {}  # the farthest map that has its maker's shape
 
     def own(self, t: Tensor, name: str) -> None:
         self.owner[id(t)] = name
@@ -138,29 +146,31 @@ class _Traced(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = next((self.owner[id(a)] for a in args if isinstance(a, Tensor) and id(a) in self.owner), None)
-        if name is not None and isinstance(out, Tensor):
+        source = next((a for a in args if isinstance(a, Tensor) and id(a) in self.owner), None)
+        if source is not None and isinstance(out, Tensor):
+            name = self.owner[id(source)]
             if func in RELUS:
                 self.relu.setdefault(name, []).append(out)
+            if out.shape == source.shape and self.last.get(name) is source:
+                self.last[name] = out
             self.own(out, name)
         return out
 
 
 class _Found:
-    """A layer's maps in one forward pass: behind its ReLUs, and as made; and the network's output."""
+    """A layer's maps in one forward pass: behind its ReLUs, and as far as they can be followed; and the network's output."""
 
-    def __init__(self, relu: list[Tensor], made: list[Tensor], output: Tensor) -> None:
-        self.relu, self.made, self.output = relu, made, output
+    def __init__(self, relu: list[Tensor], last: Tensor, output: Tensor) -> None:
+        self.relu, self.last, self.output = relu, last, output
 
 
 def _maps(model: nn.Module, layers: Layers, xs: Tensor) -> dict[str, _Found]:
     """What each covered layer's group makes of ``xs``; a map belongs to the last maker before it."""
     first = {n: g.first for g in groups(model, xs[:1]) for n in g.makers}
-    made: dict[str, list[Tensor]] = {}
     with _Traced() as traced:
 
         def note(name: str, out: Tensor) -> None:
-            made.setdefault(name, []).append(out)
+            traced.last[name] = out
             traced.own(out, name)
 
         makers = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() > 1]
@@ -170,4 +180,4 @@ def _maps(model: nn.Module, layers: Layers, xs: Tensor) -> dict[str, _Found]:
         finally:
             for handle in handles:
                 handle.remove()
-    return {n: _Found(traced.relu.get(f, []), made[f], output) for n, f in first.items() if n in layers}
+    return {n: _Found(traced.relu.get(f, []), traced.last[f], output) for n, f in first.items() if n in layers}

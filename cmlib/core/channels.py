@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .evidence import Evidence
 from .inputs import as_input, device_of, dtype_of, pair_of
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Vectors = tuple[tuple[str, int], ...]  # (parameter, where the layer's channels start in it)
 
 
@@ -30,6 +31,7 @@ class Group:
     readers: dict[str, Tensor]  # {layer: (channels, inputs of the layer for each)}: who takes them in
     count: int  # how many channels
     own: dict[str, Vectors]  # {maker: its own bias and the batch norms right behind it}; they alone silence it where a sum adds others
+    stuck: str = ""  # why these channels cannot go; empty where they can
 
     @property
     def first(self) -> str:
@@ -51,14 +53,19 @@ def example_of(model: nn.Module, data: Any = None) -> Tensor:
 
 
 def groups(model: nn.Module, example: Tensor) -> list[Group]:
-    """The groups of a plain ``model`` in its own order, but for those that are the model's output: these cannot go.
+    """The groups of a plain ``model``, in its own order, whose channels can go.
 
     UntraceableError where the forward pass cannot be followed.
     """
+    return [g for g in all_groups(model, example) if not g.stuck]
+
+
+def all_groups(model: nn.Module, example: Tensor) -> list[Group]:
+    """The same with those that are ``stuck``: the network's outputs, and channels on whose way something stands that cannot lose one."""
     names = {m: n for n, m in model.named_modules()}
     order = {n: i for i, n in enumerate(names.values())}
-    found = [g for g in (_group(raw, names, order) for raw in _traced(model, example)) if g.readers]
-    return sorted(found, key=lambda g: order[g.first])
+    found = [_group(raw, names, order) for raw in _traced(model, example)]
+    return sorted((g for g in found if g.makers), key=lambda g: order[g.first])
 
 
 def graph_of(model: nn.Module, example: Tensor) -> Any:
@@ -76,7 +83,7 @@ def graph_of(model: nn.Module, example: Tensor) -> Any:
 
 def _traced(model: nn.Module, example: Tensor) -> Iterator[Any]:
     with torch.enable_grad():
-        yield from graph_of(model, example).get_all_groups(root_module_types=[nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear])
+        yield from graph_of(model, example).get_all_groups(root_module_types=list(LAYERS))
 
 
 def _group(raw: Any, names: dict[nn.Module, str], order: dict[str, int]) -> Group:
@@ -86,14 +93,17 @@ def _group(raw: Any, names: dict[nn.Module, str], order: dict[str, int]) -> Grou
     starts: dict[str, int] = {}
     behind: dict[str, list[str]] = {}
     readers: dict[str, Tensor] = {}
-    count = 1 + max(i for item in raw for i in item.root_idxs)
+    count, stuck = 1 + max(i for item in raw for i in item.root_idxs), ""
     for item in raw:
         module, outward = item.dep.target.module, "out_channels" in item.dep.handler.__name__
         name = names.get(module)
         if name is None:
             continue
+        stuck = stuck or _obstacle(name, module, item, count)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             norms[name], starts[name] = module, item.idxs[0]
+        elif not isinstance(module, LAYERS) or len(item.idxs) % count:
+            continue
         elif outward:
             makers[name], starts[name] = module, 0
             behind[name] = [names[n.module] for n in item.dep.target.outputs if isinstance(n.module, nn.modules.batchnorm._BatchNorm)]
@@ -106,20 +116,34 @@ def _group(raw: Any, names: dict[nn.Module, str], order: dict[str, int]) -> Grou
     own = dict.fromkeys(makers, named)
     if len(makers) > 1:
         own = {n: tuple(v for v in named if v[0].rpartition(".")[0] in (n, *behind[n])) for n in makers}
-    return Group(tuple(sorted(makers, key=order.__getitem__)), named, {n: starts[n] for n in norms}, readers, count, own)
+    stuck = stuck or ("" if readers else "they are the network's output")
+    return Group(tuple(sorted(makers, key=order.__getitem__)), named, {n: starts[n] for n in norms}, readers, count, own, stuck)
+
+
+def _obstacle(name: str, module: nn.Module, item: Any, count: int) -> str:
+    """Why a module on the way of some channels cannot lose one of them; empty where it can."""
+    if not isinstance(module, (*LAYERS, nn.modules.batchnorm._BatchNorm)):
+        return f"{name} ({type(module).__name__}) is on their way"
+    if 1 < getattr(module, "groups", 1) < module.in_channels:
+        return f"{name} is a grouped convolution"
+    if len(item.idxs) % count:
+        return f"{name} reads them in unequal parts"
+    return ""
 
 
 class Structure:
     """The groups that a plan of filters covers: what is asked of one maker is asked of all that are tied to it."""
 
     def __init__(self, model: nn.Module, example: Tensor, covered: Iterable[str]) -> None:
-        """ValueError where no covered layer has channels that can go."""
+        """ValueError where no covered layer has channels that can go; a warning where some stay for another reason than being the output."""
         covered = set(covered)
-        self.groups = [g for g in groups(model, example) if covered.intersection(g.makers)]
+        asked = [g for g in all_groups(model, example) if covered.intersection(g.makers)]
+        self.groups = [g for g in asked if not g.stuck]
+        reasons = [f"the channels of {', '.join(g.makers)} cannot go: {g.stuck}" for g in asked if g.stuck]
         if not self.groups:
-            raise ValueError(
-                f"the channels of {', '.join(sorted(covered))} are the network's output and cannot go; unit='row' masks them all the same"
-            )
+            raise ValueError(f"{'; '.join(reasons) or 'no covered layer has channels of its own'}; unit='row' masks them all the same")
+        for reason in (r for r in reasons if not r.endswith("output")):
+            warnings.warn(reason, stacklevel=2)
 
     def tied(self, scores: Evidence) -> Evidence:
         """One score a group under its first maker's name: the mean over the makers that have one."""

@@ -91,7 +91,8 @@ def _stored(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
         path = Path(folder) / "model.safetensors"
         files.save(model, path)
         held, load_ms = files.sizes(path), _load_ms(path, plain)
-    layers = tuple(_layer(n, m.weight, plan.get(n)) for n, m in weighted(plain).items())
+    whole = any(p.vectors for p in plan.values()) or all(p.dim() > 1 for p in plain.parameters())
+    layers = tuple(_layer(n, m.weight, plan.get(n), whole) for n, m in weighted(plain).items())
     counted = [layer for layer in layers if layer.format] or layers
     return {
         "mode": "simulated" if plan else "baked",
@@ -113,7 +114,7 @@ def _load_ms(path: Path, plain: nn.Module) -> float:
     return float(np.median(times[1:]))
 
 
-def _layer(name: str, weight: Tensor, packed: Packed | None) -> Layer:
+def _layer(name: str, weight: Tensor, packed: Packed | None, whole: bool) -> Layer:
     if packed is None:
         return Layer(name, weight.numel(), weight.numel(), weight.nbytes)
     held = packed.bits() // 8
@@ -121,7 +122,9 @@ def _layer(name: str, weight: Tensor, packed: Packed | None) -> Layer:
         return Layer(name, weight.numel(), weight.numel(), held, type(packed).__name__.lower(), None, held)
     sizes = packed.sizes()
     smallest = min(sizes, key=sizes.__getitem__)
-    return Layer(name, weight.numel(), packed.kept, held, packed.format(), smallest, sizes[smallest], len(packed.rows), int((~packed.rows).sum()))
+    return Layer(
+        name, weight.numel(), packed.kept, held, packed.format(), smallest, sizes[smallest], len(packed.rows), int((~packed.rows).sum()), whole
+    )
 
 
 def _name(device: torch.device) -> str:

@@ -23,7 +23,7 @@ class Layer:
     """One convolution's or dense layer's weight: how many numbers, how many stay, its bytes in the file, and in which storage format.
 
     ``format`` is None where the layer is not compressed; ``smallest`` is the format that would take the fewest bytes. ``gone`` of
-    ``units`` filters (rows) are masked whole.
+    ``units`` filters (rows) are masked; ``whole`` says whether all that belongs to them is too.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Layer:
     smallest_bytes: int = 0
     units: int = 0
     gone: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,10 +247,14 @@ def _header(row: Row) -> Iterator[str]:
 
 
 def _masked_filters(row: Row) -> Iterator[str]:
-    masked = [layer for layer in row.compressed if layer.gone]
-    if masked and row.mode == "simulated":
-        which = ", ".join(f"{layer.name} {layer.gone} of {layer.units}" for layer in masked[:4]) + (" ..." if len(masked) > 4 else "")
-        yield f"Filters are masked where they stand ({which}): bake(model) takes them out for real, and then file, work and time fall."
+    for whole, mend in (
+        (True, "bake(model) takes them out for real, and then file, work and time fall"),
+        (False, 'their biases and batch norms live on; unit="filter" silences these too, and bake(model) then takes the filters out'),
+    ):
+        masked = [layer for layer in row.compressed if layer.gone and layer.whole is whole]
+        if masked and row.mode == "simulated":
+            which = ", ".join(f"{layer.name} {layer.gone} of {layer.units}" for layer in masked[:4]) + (" ..." if len(masked) > 4 else "")
+            yield f"Filters are masked where they stand ({which}): {mend}."
 
 
 def _same_work(row: Row) -> Iterator[str]:

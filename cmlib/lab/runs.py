@@ -36,9 +36,12 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def stored(kind: str, recipe: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of ``work`` for ``recipe`` (plain JSON values both): read if it was done before, else done now and kept."""
-    path = RUNS / f"{kind}-{_digest(recipe)[:12]}.json"
+def stored(recipe: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of ``work`` for ``recipe`` (plain JSON values both): read if it was done before, else done now and kept.
+
+    The recipe holds all that the result depends on, and says its ``kind``.
+    """
+    path = _path(recipe)
     if path.is_file():
         return _read(path)["result"]
     start = time.perf_counter()
@@ -53,6 +56,22 @@ def table(kind: str) -> pd.DataFrame:
     found = [_read(p) for p in sorted(RUNS.glob(f"{kind}-*.json"))]
     if not found:
         raise RunError(f"no stored run of kind {kind!r} in {RUNS}; 'python -m cmlib bench --only {kind}' makes them")
+    return _lines(found)
+
+
+def of(recipes: list[dict[str, Any]]) -> pd.DataFrame:
+    """The runs of these recipes alone, a line each as in ``table``. RunError where one is missing."""
+    for recipe in recipes:
+        if not _path(recipe).is_file():
+            raise RunError(f"no stored run of {recipe}; 'python -m cmlib bench --only {recipe['kind']}' makes it")
+    return _lines([_read(_path(recipe)) for recipe in recipes])
+
+
+def _path(recipe: dict[str, Any]) -> Path:
+    return RUNS / f"{recipe['kind']}-{_digest(recipe)[:12]}.json"
+
+
+def _lines(found: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([{**r["recipe"], **r["result"], **{k: r[k] for k in ("seconds", "machine", "date")}} for r in found])
 
 

@@ -238,20 +238,20 @@ class Walk:
 
     def speeds(self, state: State) -> Iterator[Speed]:
         """Operations, and the latency beside the dense network's: what takes too long for a moving hand, better known after each slice."""
-        small = self._small(state)
+        small, why = self._small(state)
         models, x = {"dense": with_plain_weights(self.net), "now": small or with_plain_weights(self.model(state))}, self.live.starts[0][0][:1]
         times, count, size = [], multiply_adds(models["now"], x), length(small, {}) if small else None
         for _ in range(SLICES):
             times.append(latency(models, x, ROUNDS, torch.get_num_threads()))
             known = pd.concat(times).groupby(level=0, sort=False).median()
-            yield Speed(count, *known.ms, known.ratio["now"], size)
+            yield Speed(count, *known.ms, known.ratio["now"], size, why)
 
-    def _small(self, state: State) -> nn.Module | None:
-        """The state's network without the filters that go whole; None where none goes, or where they cannot be taken out."""
+    def _small(self, state: State) -> tuple[nn.Module | None, str]:
+        """The state's network without the filters that go whole, or None and why they cannot be taken out."""
         try:
-            return bake(self.model(state), self.data) if state.whole else None
-        except UntraceableError:
-            return None
+            return bake(self.model(state), self.data) if state.whole else None, ""
+        except UntraceableError as error:
+            return None, str(error)
 
 
 def shipped(net: nn.Module) -> dict[str, Any] | None:

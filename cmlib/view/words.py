@@ -45,6 +45,7 @@ class Speed:
     ms: float
     ratio: float  # of dense over now, the models taking turns
     small_bytes: int | None = None  # of the file of the network without its whole filters, where they were taken out
+    why: str = ""  # they could not be
 
 
 @dataclass(eq=False)
@@ -136,11 +137,12 @@ def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     found.append(note("info", title, _storage(state)))
     if is_n_of_m(state.knobs.get("unit", "")):
         found.append(note("info", f"{state.knobs['unit']} fixes the share.", "So many weights of every group stay, whatever keep says."))
-    if state.whole:
+    if state.whole and not (state.speed and state.speed.why):
         size = f" Its file then has {size_text(state.speed.small_bytes)}." if state.speed and state.speed.small_bytes else ""
         found.append(note("info", "Filters go whole.", f"Multiply-adds and latency are those of bake(model), the network without them.{size}"))
     elif state.kept < state.total:
-        found.append(note("warn", "Why did the multiply-adds not move?", "The mask sits in a dense matrix: the zeros are still multiplied."))
+        why = f" {state.speed.why}" if state.speed else ""
+        found.append(note("warn", "Why did the multiply-adds not move?", f"The mask sits in a dense matrix: the zeros are still multiplied.{why}"))
     return found
 
 
