@@ -361,3 +361,19 @@ def test_a_user_may_mask_by_hand(mlp):
     detach(mlp.fc2)
     detach(mlp.fc2)
     assert isinstance(mlp.fc2.weight, nn.Parameter) and torch.equal(mlp.fc2.weight, weight * mask)
+
+
+def test_wrong_kinds_of_things_are_named(mlp):
+    images = torch.rand(5, 1, 8, 8)
+    for data, said in (
+        ("mnist", r"load_data\(name\).*got str 'mnist'"), ((images.numpy(), [0] * 5), r"pair of tensors.*got \(ndarray, list\)"),
+        ((images, torch.zeros(3)), r"got 5 images and 3 labels"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            plan(mlp, "snip", data=data)
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module; got str 'mlp': load_net"):
+        plan("mlp", "magnitude_pruning_han")
+    with pytest.raises(TypeError, match=r"where=\['fc1'\] must be one text"):
+        plan(mlp, "magnitude_pruning_han", where=["fc1"])
+    with pytest.raises(ValueError, match=r"samples=0: grad is gathered on at least one image"):
+        plan(mlp, "snip", data=(images, torch.zeros(5, dtype=torch.int64)), samples=0)

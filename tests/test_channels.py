@@ -359,3 +359,8 @@ def test_taylor_follows_the_map_to_its_activation_whatever_that_is():
     slope = torch.autograd.grad(nn.functional.cross_entropy(model.b(z.mean((2, 3))), data[1], reduction="sum"), z)[0]
     expected = (z * slope).mean((2, 3)).abs().mean(0)
     assert torch.allclose(gather(model, weighted(model), "flow", data)["a"], expected.detach(), rtol=1e-4)
+
+
+def test_images_that_the_network_refuses_are_told_with_their_shape():
+    with pytest.raises(UntraceableError, match=r"refuses an image of shape \(1, 28, 28\).*whose images it takes"):
+        plan(others("resnet18")[0], FILTERS, data=(torch.rand(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)))

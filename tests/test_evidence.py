@@ -244,7 +244,7 @@ def test_errors_say_what_is_wanted(mlp, digits):
         plan(mlp, "snip")
     with pytest.raises(ValueError, match=r"'gard'.*did you mean 'grad'.*acts_gram"):
         gather(mlp, weighted(mlp), "gard", digits)
-    with pytest.raises(ValueError, match=r"pair \(images, labels\) of equal, positive length; got tuple"):
+    with pytest.raises(ValueError, match=r"as many labels as images, and some; got 3 images and 4 labels"):
         plan(mlp, "snip", data=(torch.rand(3, 1, 8, 8), torch.zeros(4, dtype=torch.int64)))
     line = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(ValueError, match=r"2-D convolutions with zero padding, not Conv1d.*where"):

@@ -44,6 +44,12 @@ def covered(model: nn.Module, where: str = "*") -> dict[str, nn.Module]:
 
     ``"conv*"``, ``"Linear"``, ``"*, !first, !last"`` (first and last weighted layer). ValueError where a pattern matches nothing.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model must be a torch.nn.Module; got {type(model).__name__} {str(model)[:40]!r}: load_net(name, data) gives one of the kit's"
+        )
+    if not isinstance(where, str):
+        raise TypeError(f"where={where!r} must be one text, patterns of layer names or types separated by commas, such as 'conv*, !first'")
     layers = weighted(model)
     if not layers:
         raise ValueError("the model has no convolution or dense layer to compress")
@@ -221,6 +227,8 @@ def gather(
         )
     if data is None:
         raise ValueError(f"{owner} asks for {name}, which needs data: pass data=load_data(...) or a pair (images, labels)")
+    if samples < 1:
+        raise ValueError(f"samples={samples}: {name} is gathered on at least one image")
     x, y = (t.to(device_of(model)) for t in sample(data, samples))
     modes, fixed = [(m, m.training) for m in model.modules()], [p for p in model.parameters() if not p.requires_grad]
     try:

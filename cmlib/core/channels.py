@@ -76,9 +76,21 @@ def graph_of(model: nn.Module, example: Tensor) -> Any:
         return torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
     except Exception as error:
         raise UntraceableError(
-            f"torch-pruning cannot follow this network's forward pass ({type(error).__name__}: {error}), so no channel can be removed; "
+            _refusal(model, example)
+            or f"torch-pruning cannot follow this network's forward pass ({type(error).__name__}: {error}), so no channel can be removed; "
             "unit='row' still masks filters where they stand"
         ) from error
+
+
+def _refusal(model: nn.Module, example: Tensor) -> str:
+    """What the network itself says against the image; empty where it takes it."""
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        return f"the network refuses an image of shape {tuple(example.shape[1:])} ({said}); pass data=(images, labels) whose images it takes"
+    return ""
 
 
 def _traced(model: nn.Module, example: Tensor) -> Iterator[Any]:

@@ -18,8 +18,11 @@ def as_input(images: Tensor, model: nn.Module | None = None) -> Tensor:
 def pair_of(data: Any, part: str) -> Pair:
     """The named part of a data set; a pair (images, labels) of the user's own stands for every part."""
     pair = getattr(data, part, data)
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and len(pair[0]) == len(pair[1]) > 0):
-        raise ValueError(f"data must be a data set of load_data or a pair (images, labels) of equal, positive length; got {type(data).__name__}")
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+        got = f"({', '.join(type(t).__name__ for t in pair)})" if isinstance(pair, (tuple, list)) else f"{type(data).__name__} {str(data)[:40]!r}"
+        raise ValueError(f"data must be a data set, as load_data(name) gives it, or a pair of tensors (images, labels); got {got}")
+    if not len(pair[0]) == len(pair[1]) > 0:
+        raise ValueError(f"data must have as many labels as images, and some; got {len(pair[0]):,} images and {len(pair[1]):,} labels")
     return pair[0], pair[1]
 
 
