@@ -29,7 +29,7 @@ NET, DATA = "resnet", "fashion_mnist"
 SHARE = 0.25  # of the dense network's multiply-adds
 EPOCHS = 6  # of training after pruning; the small net from scratch has as many as the others had in all
 ALL = EPOCHS + RECIPES[NET]["epochs"]
-METHODS = ("l1_norm_filter_pruning", "network_slimming", "network_trimming_apoz", "taylor_pruning", "thinet", "lasso_channel_pruning")
+METHODS = ("l1_norm_filter_pruning", "network_slimming", "lasso_channel_pruning", "taylor_pruning")  # one of each way of judging a filter
 PARTS = ("validation", "test")
 CONTROLS = ("torch-pruning, magnitude", "the same small net from scratch", "the dense net")
 
