@@ -184,6 +184,10 @@ def test_cifar10_itself():
 def test_a_pair_stands_for_every_part():
     pair = torch.rand(4, 2), torch.zeros(4)
     assert pair_of(pair, "train")[0] is pair_of(list(pair), "test")[0]
-    for wrong in ("digits", None, pair[0], (pair[0], pair[1][:2]), (pair[0][:0], pair[1][:0])):
-        with pytest.raises(ValueError, match="data must be a data set of load_data or a pair"):
+    for wrong, said in (
+        ("digits", r"a data set, as load_data\(name\) gives it, or a pair of tensors.*got str 'digits'"), (None, "got NoneType"),
+        ((pair[0], pair[1], pair[1]), r"got \(Tensor, Tensor, Tensor\)"), ((pair[0], pair[1][:2]), "got 4 images and 2 labels"),
+        ((pair[0][:0], pair[1][:0]), "got 0 images and 0 labels"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
             pair_of(wrong, "train")
