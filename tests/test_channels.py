@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision.models as zoo_of_others
+from networks import stirred
 from torch import nn
 
 from cmlib.core.apply import Planner, attached, gather, held, plan_of, weighted, with_plain_weights
@@ -32,16 +33,6 @@ def filters(w):
 
 
 FILTERS = score("a test", chapter="-", unit="filter")(filters)
-
-
-def stirred(model, seed=0):
-    """The model with batch norms that have lived: every number random."""
-    draw = torch.Generator().manual_seed(seed)
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            for t, low in ((m.weight.data, 0.5), (m.bias.data, -0.5), (m.running_mean, -0.2), (m.running_var, 0.5)):
-                t.copy_(low + torch.rand(t.shape, generator=draw))
-    return model.eval()
 
 
 def others(name):

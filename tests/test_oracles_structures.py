@@ -8,6 +8,7 @@ import itertools
 import math
 from functools import partial
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -65,14 +66,7 @@ def descend(model, x, y, steps=500, lr=0.3):
     return model.eval()[0].weight.detach()
 
 
-def stirred(model, seed=0):
-    """The model in float64 with batch norms that have lived: every number random."""
-    draw = torch.Generator().manual_seed(seed)
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            for t, low in ((m.weight.data, 0.5), (m.bias.data, -0.5), (m.running_mean, -0.2), (m.running_var, 0.5)):
-                t.copy_(low + torch.rand(t.shape, generator=draw))
-    return model.double().eval()
+stirred = partial(networks.stirred, dtype=F64)
 
 
 def two_convolutions(padding=1, seed=0):
