@@ -10,9 +10,10 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cmlib.core.apply import Planner, attached, covered, latent, plan_of, substituted, weighted, with_plain_weights
+from cmlib.core.apply import attached, latent, plan_of, substituted, weighted, with_plain_weights
 from cmlib.core.method import score
 from cmlib.core.packed import Masked
+from cmlib.core.planner import Planner, covered
 from cmlib.lab.train import evaluating, fit, predict
 from cmlib.lab.verbs import compress, plan
 from cmlib.lab.zoo import build

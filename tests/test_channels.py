@@ -8,10 +8,11 @@ import torchvision.models as zoo_of_others
 from networks import stirred
 from torch import nn
 
-from cmlib.core.apply import Planner, attached, gather, held, plan_of, weighted, with_plain_weights
+from cmlib.core.apply import attached, held, plan_of, weighted, with_plain_weights
 from cmlib.core.bake import bake, dead, narrowed, widths
 from cmlib.core.channels import UntraceableError, example_of, groups
 from cmlib.core.method import score
+from cmlib.core.planner import Planner, gather
 from cmlib.lab.cost import multiply_adds
 from cmlib.lab.data import load_data
 from cmlib.lab.files import FileError, load, save

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmlib.core.apply import gather, weighted
+from cmlib.core.apply import weighted
 from cmlib.core.inputs import sample, stratified
+from cmlib.core.planner import gather
 from cmlib.lab.verbs import compress, plan
 from cmlib.lab.zoo import build
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from cmlib.core.apply import PROVIDERS
 from cmlib.core.knobs import Keep, Pick, Span, Steps, knobs_of, nearest
 from cmlib.core.laws import UNITS
 from cmlib.core.method import call, score
+from cmlib.core.planner import PROVIDERS
 from cmlib.methods import catalog, find
 from cmlib.methods.prune import magnitude_pruning_han
 

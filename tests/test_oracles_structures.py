@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn.utils import prune as reference
 
 from cmlib.core import channel_evidence
-from cmlib.core.apply import Hook, attach, attached, attached_hooks, gather, latent, penalty, plan_of, weighted, with_plain_weights
+from cmlib.core.apply import Hook, attach, attached, attached_hooks, latent, penalty, plan_of, weighted, with_plain_weights
 from cmlib.core.bake import bake
+from cmlib.core.planner import gather
 from cmlib.core.select import select
 from cmlib.lab.cost import layer_costs
 from cmlib.lab.data import load_data

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .apply import Plan, Planner, weighted
+from .apply import Plan, weighted
 from .inputs import Pair
 from .knobs import knobs_of
 from .method import Method, call
 from .packed import TYPES, Packed
+from .planner import Planner
 from .select import Masks, is_n_of_m, removed, selection, to_units, to_weights
 from .storage import FORMATS
 

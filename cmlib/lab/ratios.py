@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.apply import Plan, Planner, attach_plan, substituted, with_plain_weights
+from ..core.apply import Plan, attach_plan, substituted, with_plain_weights
 from ..core.bake import bake
 from ..core.channels import example_of
 from ..core.inputs import pair_of, sample
 from ..core.knobs import nearest
 from ..core.method import Method
 from ..core.packed import Masked
+from ..core.planner import Planner
 from ..methods import find
 from . import train
 from .cost import multiply_adds

@@ -8,9 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.apply import Plan, Planner, attach_plan
+from ..core.apply import Plan, attach_plan
 from ..core.evidence import Loss
 from ..core.method import Method
+from ..core.planner import Planner
 from ..methods import find
 
 

@@ -16,9 +16,10 @@ from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 from torch import nn
 
-from ..core.apply import type_name, weighted
+from ..core.apply import weighted
 from ..core.apply import with_plain_weights as plain
 from ..core.channels import example_of, groups
+from ..core.planner import type_name
 from .plots import (
     AMBER,
     BLUE,

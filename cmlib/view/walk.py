@@ -20,10 +20,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Plan, Planner, attach_plan, plan_of, weighted, with_plain_weights
+from ..core.apply import Plan, attach_plan, plan_of, weighted, with_plain_weights
 from ..core.bake import bake
 from ..core.channels import UntraceableError
 from ..core.method import Method
+from ..core.planner import Planner
 from ..lab.cost import multiply_adds
 from ..lab.data import Data
 from ..lab.files import length, save, sizes
