@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .channels import LAYERS
+from .codes import SparseCodes
 from .method import Method, call
 from .packed import Packed, State, laid_like
+from .sites import Affine, Site, Steps, attach_site, detach_site, site_of
+from .wrapped import Sited
 
 Plan = dict[str, Packed]
 
@@ -31,18 +34,20 @@ def weighted(model: nn.Module) -> dict[str, nn.Module]:
 class Attached(nn.Module):
     """What stands between a layer's latent weight and the weight that it computes with (a torch parametrization).
 
-    A frozen packed value holds its tensors as buffers. A method that learns is asked again on every training forward with its state:
-    what it gives as nn.Parameter learns with the weights, other tensors are buffers, the rest plain numbers.
+    A frozen packed value is held as it is. A method that learns is asked again on every training forward with its state: what it gives as
+    nn.Parameter learns with the weights, other tensors are buffers, the rest plain numbers. Where the layer was pruned before a quantizer came, the
+    method sees the weights that stay, as one vector.
     """
 
     def __init__(self, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.method = method if method is not None and method.learns else None
         self.knobs = knobs or {}
-        self.kind, self.vectors = type(packed), packed.vectors
+        self.vectors = packed.vectors
+        self.fixed = packed if self.method is None else None
+        self.pruned = packed.mask if self.method is not None and isinstance(packed, SparseCodes) else None
         self.rest: State = {}
-        content = packed.state if self.method else {f.name: getattr(packed, f.name) for f in fields(packed) if f.name != "values"}
-        for name, value in content.items():
+        for name, value in (packed.state if self.method else {}).items():
             self._hold(name, value)
 
     def _hold(self, name: str, value: Any) -> None:
@@ -53,14 +58,23 @@ class Attached(nn.Module):
         else:
             self.rest[name] = value
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> Attached:
+        """Move or convert what is held beside the buffers, as they are."""
+        self.fixed = None if self.fixed is None else moved(self.fixed, fn)
+        self.pruned = None if self.pruned is None else fn(self.pruned)
+        return super()._apply(fn, recurse)
+
     def content(self) -> State:
         return {**self.rest, **dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
 
     def packed(self, w: Tensor, training: bool = False) -> Packed:
         """The packed value that stands for latent weight ``w`` now."""
         if self.method is None:
-            return self.kind(values=w, **self.content())
-        learned = call(self.method.fn, {"w": w, "training": training}, {**self.knobs, "state": self.content()})
+            return self.fixed.at(w)
+        given = {**dict.fromkeys(self.method.asks), "w": w if self.pruned is None else w[self.pruned], "training": training}
+        learned = call(self.method.fn, given, {**self.knobs, "state": self.content()})
+        if self.pruned is not None:
+            learned = SparseCodes(w, self.pruned, learned, state=learned.state)
         return replace(learned, vectors=self.vectors) if self.vectors else learned
 
     def forward(self, w: Tensor) -> Tensor:
@@ -75,6 +89,16 @@ class Attached(nn.Module):
                 getattr(self, name).copy_(value.detach())
             elif not isinstance(value, Tensor):
                 self.rest[name] = value
+
+
+def moved(packed: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A packed value with ``fn`` done to every tensor in it."""
+    if isinstance(packed, Tensor):
+        return fn(packed)
+    if isinstance(packed, tuple):
+        return tuple(moved(p, fn) for p in packed)
+    inside = (Packed, Steps, Affine)
+    return replace(packed, **{f.name: moved(getattr(packed, f.name), fn) for f in fields(packed)}) if isinstance(packed, inside) else packed
 
 
 def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, Attached]]:
@@ -94,12 +118,22 @@ def latent(layer: nn.Module) -> Tensor:
 def plan_of(model: nn.Module) -> Plan:
     """What is attached to a model now: {layer: packed}, detached and frozen; empty for a model that was never compressed."""
     with torch.no_grad():
-        return {name: a.packed(latent(layer)).frozen() for name, layer, a in attached(model)}
+        return {name: _with_input(a.packed(latent(layer)).frozen(), layer) for name, layer, a in attached(model)}
+
+
+def _with_input(packed: Packed, layer: nn.Module) -> Packed:
+    """The packed value with the rounding of its layer's inputs, where there is one."""
+    site = site_of(layer)
+    return packed if site is None or hasattr(packed, "input") else Sited(packed, site.input.frozen())
 
 
 def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
-    """Put ``packed`` between a layer and its weight, in place of whatever stood there; the layer is changed."""
+    """Put ``packed`` between a layer and its weight, in place of whatever stood there, and its ``input`` before it; the layer is changed."""
     detach(layer)
+    detach_site(layer)
+    if (given := getattr(packed, "input", None)) is not None:
+        attach_site(layer, Site(given, method, knobs))
+    packed = packed.inner if isinstance(packed, Sited) else packed
     between = Attached(packed, method, knobs).to(layer.weight.device)
     between.training = layer.training
     if between.method is None:  # a method that learns works its values out of the layer's own weight, again and again
@@ -186,12 +220,14 @@ def held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def with_plain_weights(model: nn.Module) -> nn.Module:
-    """A copy with plain weights: the same outputs, nothing attached, nothing left to work out on a forward pass."""
+    """A copy with plain weights: the same outputs, nothing attached, nothing left to work out on a forward pass but the rounding of inputs."""
     copy = deepcopy(model).eval()
     for _, owner, parameter in list(held(copy)):  # first: what they hold follows the layers' masks
         _plain(owner, parameter)
     for _, layer, _ in list(attached(copy)):
         detach(layer)
+        if (site := site_of(layer)) is not None:
+            attach_site(layer, Site(site.input.frozen()))
     return copy
 
 

@@ -68,6 +68,13 @@ def hess_rows(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss
     return {name: torch.cat(r) * (count / len(x)) ** 0.5 for name, r in rows.items() if r}
 
 
+def acts_in(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """What each layer reads, as it reads it: (examples, ...)."""
+    with torch.no_grad(), _watched(layers) as seen:
+        model(x)
+    return {name: a for name, (a, _) in seen.items()}
+
+
 def acts_gram(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
     """Second moment of a layer's inputs, (groups, k, k): mean over examples (and positions) of patch patch^T, k weights an output."""
     total: Evidence = {}
@@ -83,7 +90,7 @@ def acts_gram(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss
     return {name: t / count[name] for name, t in total.items()}
 
 
-PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in (grad, hess_diag, hess_rows, acts_gram)}
+PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in (grad, hess_diag, hess_rows, acts_gram, acts_in)}
 
 
 @contextmanager

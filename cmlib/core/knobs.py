@@ -106,4 +106,9 @@ Threshold = Annotated[float | None, Span(0, 1e9)]  # units whose score is below 
 Weight = Annotated[float, Span(0, 1)]  # how much a term counts
 Penalty = Annotated[float, Span(1e-7, 10, log=True)]  # how hard a penalty presses
 Damping = Annotated[float, Span(1e-10, 0.1, log=True)]  # what is added to a Hessian's diagonal
+Bits = Annotated[int, Span(1, 8, integer=True)]  # of a code
+WideBits = Annotated[int, Span(1, 32, integer=True)]  # of an input or a gradient; 32 leaves it as it is
+Levels = Annotated[int, Span(2, 256, log=True, integer=True)]  # how many values a code can stand for
+Per = Annotated[str, Pick("tensor", "filter", "group")]  # what has levels of its own: the layer, a filter, a run of at most 32 weights
+Switch = Annotated[str, Pick("on", "off")]
 Steps = Annotated[int, Span(0, 100_000, integer=True)]  # a count, or a seed

@@ -20,10 +20,11 @@ from .apply import Plan, weighted
 from .inputs import Pair
 from .knobs import knobs_of
 from .method import Method, call
-from .packed import TYPES, Packed
+from .packed import Packed
 from .planner import Planner
 from .select import Masks, is_n_of_m, removed, selection, to_units, to_weights
 from .storage import FORMATS
+from .wrapped import TYPES
 
 Law = Callable[[Method], None]
 UNITS = knobs_of(selection)["unit"].span.choices

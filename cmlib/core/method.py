@@ -42,7 +42,9 @@ class Method:
     ``joint``: the function sees all covered weights laid end to end as one vector. ``repair(w, mask, <evidence>, **knobs)`` rewrites
     the weights that stay; ``rebuild(rows, <evidence>, **knobs)`` gives the next layer's weight, shaped as ``next_w``, for the channels
     ``rows`` that stay. ``training`` is what it wants of training. ``filters(**knobs)``: whether a method that makes its own masks removes
-    filters whole. ``exempt`` names laws that it cannot meet, with the reason.
+    filters whole. ``acts([x, training], **knobs)``: what a quantizer rounds the layers' inputs to (``cmlib.core.sites``), None to leave them
+    alone; ``errors(g, **knobs)``: the rounded gradient at the layers' outputs; their knobs join the method's. ``exempt`` names laws that it
+    cannot meet, with the reason.
     """
 
     fn: Callable
@@ -54,6 +56,8 @@ class Method:
     rebuild: Callable | None = None
     training: Training = Training()
     filters: Callable[..., bool] | None = None
+    acts: Callable | None = None
+    errors: Callable | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
 
@@ -82,8 +86,13 @@ class Method:
 
     @cached_property
     def learns(self) -> bool:
-        """Whether it carries a state through training."""
-        return "state" in inspect.signature(self.fn).parameters
+        """Whether it is asked again on every training forward: with its state, or as a quantizer with the latent weight."""
+        return self.kind == "quantizer" or "state" in inspect.signature(self.fn).parameters
+
+    @cached_property
+    def follows(self) -> bool:
+        """Whether it follows the layers' inputs through training."""
+        return self.acts is not None and "state" in inspect.signature(self.acts).parameters
 
     @cached_property
     def selects(self) -> bool:
@@ -92,7 +101,7 @@ class Method:
 
     @cached_property
     def own_knobs(self) -> dict[str, Knob]:
-        return knobs_of(self.fn)
+        return {n: k for fn in (self.fn, self.acts, self.errors) if fn is not None for n, k in knobs_of(fn).items()}
 
     @cached_property
     def knobs(self) -> dict[str, Knob]:
@@ -108,7 +117,7 @@ class Method:
 
 def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
     def decorator(paper: str, *, chapter: str, **how: Any) -> Callable[[Callable], Method]:
-        settings = {k: how.pop(k) for k in ("joint", "repair", "rebuild", "training", "filters", "exempt") if k in how}
+        settings = {k: how.pop(k) for k in ("joint", "repair", "rebuild", "training", "filters", "acts", "errors", "exempt") if k in how}
         return lambda fn: Method(fn, kind, paper, chapter, defaults=how, **settings)
 
     decorator.__name__ = kind
@@ -117,6 +126,7 @@ def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
 
 
 score = _kind("score")
+quantizer = _kind("quantizer")
 
 
 def call(fn: Callable, available: dict[str, Any], knobs: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrize
 from .apply import Plan, plan_of, weighted, with_plain_weights
 from .channel_evidence import CHANNEL_PROVIDERS, into_reader, reader_of
 from .channels import Structure, Vectors, example_of
+from .codes import SparseCodes
 from .evidence import PROVIDERS as LAYER_PROVIDERS
 from .evidence import Evidence, Loss
 from .inputs import as_input, device_of, sample
@@ -26,8 +28,10 @@ from .knobs import nearest
 from .method import Method, call
 from .packed import Masked, Packed
 from .select import Masks, Ranking, is_n_of_m, rank, to_units, to_weights
+from .wrapped import Sited
 
 PROVIDERS = LAYER_PROVIDERS | CHANNEL_PROVIDERS
+INPUT_IMAGES = 128  # whose activations set the ranges of rounded inputs
 
 
 def covered(model: nn.Module, where: str = "*") -> dict[str, nn.Module]:
@@ -76,7 +80,7 @@ class Planner:
     """
 
     def __init__(self, model: nn.Module, method: Method, *, where: str = "*", data: Any = None, loss: Loss = F.cross_entropy, samples: int = 512):
-        self.model, self.method, self.layers, self.data = model, method, covered(model, where), data
+        self.model, self.method, self.layers, self.data, self.loss = model, method, covered(model, where), data, loss
         self.previous = plan_of(model)
         self.weights = self._dense(self.layers)
         _check_finite(self.weights)
@@ -96,6 +100,8 @@ class Planner:
     def __call__(self, **knobs: Any) -> Plan:
         """The plan {layer: packed} for these knobs. ValueError for a knob that is misspelt or out of range."""
         knobs = self.method.bind(knobs)
+        if self.method.kind == "quantizer":
+            return self._quantized(knobs)
         if not self.method.selects:
             return self._own(knobs)
         if knobs["threshold"] is not None and is_n_of_m(knobs["unit"]):
@@ -134,6 +140,35 @@ class Planner:
             return made
         own = {n: vectors for g in self.structure.groups for n, vectors in g.own.items()}
         return {n: replace(p, vectors=own[n]) for n, p in made.items() if n in own}
+
+    def _quantized(self, knobs: dict[str, Any]) -> Plan:
+        """Codes for every covered layer; of one that was pruned before, for the weights that are left."""
+        plan: Plan = {}
+        for name, given in self._given.items():
+            before = self.previous.get(name)
+            if before is None or before.kept == self.weights[name].numel():
+                plan[name] = call(self.method.fn, given, {**knobs, "state": None})
+            elif before.kept == 0:
+                plan[name] = before
+            else:
+                left = {n: v[..., before.mask] if isinstance(v, Tensor) else v for n, v in given.items()}
+                codes = call(self.method.fn, left, {**knobs, "state": None})
+                plan[name] = SparseCodes(given["w"], before.mask, codes, state=codes.state, vectors=before.vectors)
+        return {n: self._with_input(n, p, knobs) for n, p in plan.items()}
+
+    def _with_input(self, name: str, packed: Packed, knobs: dict[str, Any]) -> Packed:
+        """The packed value with the rounding of its layer's inputs. The first layer reads the image, whose 8 bits are left as they are."""
+        if self.method.acts is None or name == next(iter(weighted(self.model))):
+            before = self.previous.get(name)
+            return Sited(packed, before.input) if isinstance(before, Sited) else packed
+        given = call(self.method.acts, {"x": self.inputs.get(name), "training": False}, {**knobs, "state": None})
+        return packed if given is None else Sited(packed, given)
+
+    @cached_property
+    def inputs(self) -> Evidence:
+        """What each covered layer reads, of a few training images; empty where the method does not ask for it."""
+        asks = self.method.acts is not None and "x" in inspect.signature(self.method.acts).parameters
+        return gather(self.model, self.layers, "acts_in", self.data, self.loss, INPUT_IMAGES, self.method.key) if asks else {}
 
     def _filters(self, ranking: Ranking, knobs: dict[str, Any]) -> Plan:
         """Filters with all that belongs to their channels, in every layer that is tied to a covered one; the network's outputs stay."""

@@ -95,23 +95,23 @@ def decode(arrays: Arrays, format: str, shape: tuple[int, ...], k: int = 0) -> t
     total = int(np.prod(shape))
     values = arrays["values"]
     if format == "dense":
-        _need(len(values) == total, "the values are not as many as the shape asks")
+        need(len(values) == total, "the values are not as many as the shape asks")
         return values.reshape(shape), ((values != 0) | np.signbit(values)).reshape(shape)  # a removed weight is +0, a kept one may be -0
     if format == "bitmap":
-        _need(len(arrays["bitmap"]) == -(-total // 8), "the bitmap does not fit the shape")
+        need(len(arrays["bitmap"]) == -(-total // 8), "the bitmap does not fit the shape")
         place = np.flatnonzero(np.unpackbits(arrays["bitmap"], count=total))
     elif format == "csr":
         starts, columns = arrays["starts"].astype(np.int64), arrays["columns"].astype(np.int64)
         width = total // shape[0]
-        _need(len(starts) == shape[0] + 1 and starts[0] == 0 and (np.diff(starts) >= 0).all(), "the row starts do not rise from 0")
-        _need(starts[-1] == len(columns) and (columns < width).all(), "the columns lie outside the shape")
+        need(len(starts) == shape[0] + 1 and starts[0] == 0 and (np.diff(starts) >= 0).all(), "the row starts do not rise from 0")
+        need(starts[-1] == len(columns) and (columns < width).all(), "the columns lie outside the shape")
         place = np.repeat(np.arange(shape[0]), np.diff(starts)) * width + columns
     elif format == "relative":
-        _need(k in GAP_BITS and len(arrays["gaps"]) == -(-len(values) * k // 8), "the gaps do not fit the values")
+        need(k in GAP_BITS and len(arrays["gaps"]) == -(-len(values) * k // 8), "the gaps do not fit the values")
         place = np.cumsum(unpack_bits(arrays["gaps"], k, len(values)) + 1) - 1
     else:
         raise ValueError(f"storage={format!r} is not known")
-    _need(len(place) == len(values) and (len(place) == 0 or (place[-1] < total and (np.diff(place) > 0).all())), "the indices do not fit the shape")
+    need(len(place) == len(values) and (len(place) == 0 or (place[-1] < total and (np.diff(place) > 0).all())), "the indices do not fit the shape")
     dense, mask = np.zeros(total, values.dtype), np.zeros(total, bool)
     dense[place], mask[place] = values, True
     if format == "relative":  # a filler is a zero that nobody kept
@@ -123,7 +123,8 @@ def _fillers(gaps: np.ndarray, values: np.ndarray, k: int) -> np.ndarray:
     return (unpack_bits(gaps, k, len(values)) == (1 << k) - 1) & (values == 0)
 
 
-def _need(holds: bool, problem: str) -> None:
+def need(holds: bool, problem: str) -> None:
+    """ValueError with ``problem`` where a file does not hold together."""
     if not holds:
         raise ValueError(problem)
 
@@ -138,3 +139,18 @@ def unpack_bits(stream: np.ndarray, k: int, count: int) -> np.ndarray:
     """The inverse of ``pack_bits``: ``count`` codes as int64."""
     bits = np.unpackbits(stream, count=count * k).reshape(count, k).astype(np.int64)
     return bits @ (1 << np.arange(k - 1, -1, -1, dtype=np.int64))
+
+
+def with_escapes(places: np.ndarray, k: int) -> np.ndarray:
+    """Rising places as gaps of k bits: how many removed weights lie before each kept one; 2**k - 1 skips as many and keeps none."""
+    most, gaps = (1 << k) - 1, _gaps(places)
+    last = np.cumsum(gaps // most + 1) - 1
+    numbers = np.full(int(last[-1]) + 1 if len(last) else 0, most, np.int64)
+    numbers[last] = gaps % most
+    return numbers
+
+
+def without_escapes(numbers: np.ndarray, k: int) -> np.ndarray:
+    """The inverse of ``with_escapes``."""
+    most = (1 << k) - 1
+    return (np.cumsum(np.where(numbers == most, most, numbers + 1)) - 1)[numbers != most]

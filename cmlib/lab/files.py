@@ -32,10 +32,12 @@ from torch import Tensor, nn
 
 from ..core.apply import Plan, attach_plan, attached, held, plan_of, weighted
 from ..core.bake import narrowed, widths
-from ..core.packed import TYPES, Packed
+from ..core.packed import Packed
+from ..core.wrapped import TYPES
 from .zoo import build, write
 
 FORMAT = 1
+PLACES = {"bitmap", "gaps", "columns", "starts"}  # in the names of arrays that say where weights lie
 Tensors = dict[str, Tensor]
 
 
@@ -104,7 +106,7 @@ def sizes(path: str | Path) -> dict[str, Any]:
         header, tensors = _read(path)
         total = Path(path).stat().st_size
     layers = {layer: sum(t.nbytes for t in _arrays(layer, tensors).values()) for layer in header["layers"]}
-    places = sum(t.nbytes for layer in layers for n, t in _arrays(layer, tensors).items() if n != "values")
+    places = sum(t.nbytes for layer in layers for n, t in _arrays(layer, tensors).items() if PLACES.intersection(n.split(".")))
     held = sum(t.nbytes for t in tensors.values())
     return {"file": total, "header": total - held, "arrays": held, "layers": layers, "rest": held - sum(layers.values()), "indices": places}
 

@@ -6,9 +6,9 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import prune, structures
+from . import prune, quantize, structures
 
-CHAPTERS: tuple[ModuleType, ...] = (prune, structures)
+CHAPTERS: tuple[ModuleType, ...] = (prune, structures, quantize)
 
 
 def catalog() -> dict[str, Method]:

@@ -1,0 +1,262 @@
+"""Clusters of weights: a few centroids c_1 ... c_k stand for many numbers, and each number stores only which of them it took.
+
+``Line`` sorts a layer's numbers once; ``cluster(k)`` is then quick. On a line a cell is an interval, so a clustering is k - 1 cuts, and prefix sums
+give the cost of any cell at once: the best cuts among a few hundred places come from dynamic programming (Wang and Song 2011, Ckmeans.1d.dp), and
+Lloyd's steps (1982) polish them on all numbers. Where the numbers are few, every place is tried and the result is the optimum.
+
+``ecsq`` trades error for entropy, ``kmeans`` clusters vectors. Arrays, or tensors that need no gradient, go in; float64 centroids and an int64
+index of the numbers' shape come out. The same input always gives the same output.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import ArrayLike
+
+Clustering = tuple[np.ndarray, np.ndarray]  # centroids, and for each number the index of its own
+PLACES = 512  # where cuts may lie, at least; up to so many distinct numbers the clustering is the optimum
+CHUNK = 1 << 18  # entries of a table of distances that is made at once
+
+
+class Line:
+    """Numbers ``x`` of any shape with weights ``h`` >= 0 (such as a Hessian diagonal), sorted and summed once.
+
+    ``h`` counts up to a factor; None, or zeros only, weigh all numbers alike. Numbers of weight 0 move no centroid, but have one.
+    ValueError where x is empty, x or h is not finite, h is below 0 or of another shape.
+    """
+
+    def __init__(self, x: ArrayLike, h: ArrayLike | None = None) -> None:
+        self.x, h = _numbers(x), _weights(h, np.shape(x))
+        flat, h = self.x.ravel(), h.ravel() / h.max()
+        order = np.argsort(flat)
+        order = order[h[order] > 0]
+        first = np.flatnonzero(np.diff(flat[order], prepend=-np.inf))
+        self.values = flat[order][first]  # distinct, rising
+        mass = np.add.reduceat(h[order], first)
+        self.middle = np.average(self.values, weights=mass)
+        v = self.values - self.middle  # sums about the middle cancel least
+        self.sums = np.zeros((3, len(v) + 1))  # of h, h v and h v^2 over all that come before a place
+        np.cumsum([mass, mass * v, mass * v * v], axis=1, out=self.sums[:, 1:])
+        if not np.isfinite(self.sums[:, -1]).all():
+            raise ValueError(f"numbers up to {np.abs(self.values).max():.3g} are too large to be squared; scale them down")
+
+    def cluster(self, k: int) -> Clustering:
+        """At most ``k`` clusters of least sum of h (x - c)^2: (centroids (k,) rising, index of x's shape).
+
+        The optimum where at most 512 (or 4 k) numbers are distinct, else a local one close to it. Where k is at least the number of distinct
+        numbers, all are kept as they are and the last centroid repeats, unused. k = 1 gives the weighted mean.
+        """
+        centroids = self.lloyd(self._means(self.best_cuts(k, self._places(max(PLACES, 4 * k))))) if self._fits(k) else self._lossless(k)
+        return centroids, nearest(self.x, centroids)
+
+    def optimum(self, k: int) -> Clustering:
+        """As ``cluster``, the exact optimum however many numbers are distinct: for up to some 2000, since time grows with their square."""
+        centroids = self._means(self.best_cuts(k, np.arange(len(self.values) + 1))) if self._fits(k) else self._lossless(k)
+        return centroids, nearest(self.x, centroids)
+
+    def lloyd(self, centroids: np.ndarray, steps: int | None = None) -> np.ndarray:
+        """Rising centroids after ``steps`` of Lloyd's (None: until nothing moves): each becomes the mean of the numbers nearest to it.
+
+        A centroid that no number is nearest to stays where it is. The weighted error never rises.
+        """
+        cuts, last = self._cuts(centroids), None
+        while (steps is None or steps > 0) and not np.array_equal(cuts, last):
+            centroids, last = self._means(cuts, centroids), cuts
+            cuts, steps = self._cuts(centroids), None if steps is None else steps - 1
+        return centroids
+
+    def best_cuts(self, k: int, places: np.ndarray) -> np.ndarray:
+        """The k + 1 cuts (first and last place included) of least cost, all of them among ``places``, rising indices into the distinct numbers.
+
+        Cells longer than ``reach`` are left out at first. If one of them costs no more than the whole clustering found, it might belong to a better
+        one: reach is doubled. So the result is exact.
+        """
+        last = len(places) - 1
+        reach = min(last, -(-8 * last // k))
+        cuts, cost = self._shortest(k, places, reach)
+        while reach < last and self._costs(places[: -reach - 1], places[reach + 1 :]).min() <= cost:
+            reach = min(last, 2 * reach)
+            cuts, cost = self._shortest(k, places, reach)
+        return places[cuts]
+
+    def _shortest(self, k: int, places: np.ndarray, reach: int) -> tuple[list[int], float]:
+        """Dynamic programming: least cost of the numbers before each place in 1, 2, ... k cells of at most ``reach`` places."""
+        rows = np.arange(len(places))
+        starts = rows[:, None] - np.arange(reach, 0, -1)
+        costs = np.where(starts < 0, np.inf, self._costs(places[np.maximum(starts, 0)], places[:, None]))
+        padded = np.full(reach + len(places), np.inf)
+        least, before = padded[reach:], sliding_window_view(padded, reach)[: len(places)]  # before[j] views least[j - reach : j]
+        least[0], back = 0.0, []
+        for _ in range(k):
+            total = costs + before
+            back.append(total.argmin(1))
+            least[:] = total[rows, back[-1]]
+        cuts = [len(places) - 1]
+        for choice in reversed(back):
+            cuts.append(int(starts[cuts[-1], choice[cuts[-1]]]))
+        return cuts[::-1], float(least[-1])
+
+    def _costs(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """Sum of h (x - mean)^2 over the distinct numbers start ... stop - 1."""
+        mass, first, second = self.sums[:, stop] - self.sums[:, start]
+        return np.maximum(second - np.divide(first * first, mass, out=np.zeros_like(mass), where=mass > 0), 0)
+
+    def _places(self, count: int) -> np.ndarray:
+        """Some ``count`` + 1 cuts as many levels would lie: with the density of the numbers to the power 1/3 (Bennett 1948, Panter and Dite 1951)."""
+        total = len(self.values)
+        if total <= count:
+            return np.arange(total + 1)
+        edges = np.unique(np.linspace(0, total - 1, 8 * count + 1).astype(int))
+        density = np.cumsum(np.cbrt(np.diff(self.sums[0, edges]) * np.diff(self.values[edges]) ** 2))  # (mass / width)^(1/3) width
+        levels = np.interp(np.arange(1, count) / count * density[-1], np.append(0, density), self.values[edges])
+        return np.unique(np.concatenate([[0], np.searchsorted(self.values, levels), [total]]))
+
+    def _cuts(self, centroids: np.ndarray) -> np.ndarray:
+        return np.concatenate([[0], np.searchsorted(self.values, _midpoints(centroids), side="right"), [len(self.values)]])
+
+    def _means(self, cuts: np.ndarray, empty: np.ndarray | None = None) -> np.ndarray:
+        """The weighted mean of each cell, or ``empty`` where it holds nothing; within its cell also where rounding would put it outside."""
+        mass, first, _ = np.diff(self.sums[:, cuts], axis=1)
+        low, high = self.values[np.minimum(cuts[:-1], len(self.values) - 1)], self.values[cuts[1:] - 1]
+        means = np.clip(self.middle + np.divide(first, mass, out=np.zeros_like(mass), where=mass > 0), low, high)
+        return means if empty is None else np.where(np.diff(cuts) > 0, means, empty)
+
+    def _fits(self, k: int) -> bool:
+        return _whole(k) < len(self.values)
+
+    def _lossless(self, k: int) -> np.ndarray:
+        return np.append(self.values, np.full(k - len(self.values), self.values[-1]))
+
+
+def nearest(x: ArrayLike, centroids: np.ndarray) -> np.ndarray:
+    """The index (int64, of x's shape) of the centroid nearest to each number; of two as near, the lower. ``centroids`` (k,) rise."""
+    return np.searchsorted(_midpoints(centroids), np.asarray(x, np.float64))
+
+
+def ecsq(x: ArrayLike, k: int, lam: float, h: ArrayLike | None = None, *, steps: int = 100) -> Clustering:
+    """Entropy-constrained scalar quantization: at most ``k`` centroids that lower mean h (x - c)^2 + lam H, H the index's entropy in bits.
+
+    Each step gives every number the centroid of least h (x - c)^2 - lam log2 p, p the share of numbers that took it, drops centroids that nobody took
+    and moves the others to their weighted means; no step raises the sum. It starts from ``Line.cluster`` and ends when nothing moves, or after
+    ``steps``. Returns the centroids in use (k' <= k, rising) and the index. ``h`` as for ``Line``, but its scale counts against ``lam`` >= 0.
+    Choi, El-Khamy and Lee 2017, Towards the limit of network quantization, section 4.2; Chou, Lookabaugh and Gray 1989.
+    """
+    if not 0 <= lam < np.inf:
+        raise ValueError(f"lam={lam} is not allowed; it weighs bits against squared error, is finite and at least 0")
+    centroids, index = Line(x, h).cluster(k)
+    flat, weights, index = _numbers(x).ravel(), _weights(h, np.shape(x)).ravel(), index.ravel()
+    for _ in range(steps):
+        centroids, index, counts = _used(centroids, index)
+        mass = np.bincount(index, weights)
+        centroids = np.divide(np.bincount(index, weights * flat), mass, out=centroids, where=mass > 0)
+        chosen = _cheapest(flat, weights, centroids, -lam * np.log2(counts / len(flat)))
+        if np.array_equal(chosen, index):
+            break
+        index = chosen
+    return _rising(*_used(centroids, index)[:2], np.shape(x))
+
+
+def _used(centroids: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Only the centroids that are in use, the index into them, and how often each is taken."""
+    counts = np.bincount(index, minlength=len(centroids))
+    kept = counts > 0
+    return centroids[kept], (np.cumsum(kept) - 1)[index], counts[kept]
+
+
+def _rising(centroids: np.ndarray, index: np.ndarray, shape: tuple[int, ...]) -> Clustering:
+    order = np.argsort(centroids)
+    return centroids[order], np.argsort(order)[index].reshape(shape)
+
+
+def _cheapest(x: np.ndarray, h: np.ndarray, centroids: np.ndarray, price: np.ndarray) -> np.ndarray:
+    """argmin over the centroids of h (x - c)^2 + price."""
+    rows = max(1, CHUNK // len(centroids))
+    parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
+    return np.concatenate([(h[p, None] * (x[p, None] - centroids) ** 2 + price).argmin(1) for p in parts])
+
+
+def entropy(index: ArrayLike) -> float:
+    """Bits a symbol of a stream of small unsigned integers, H = -sum p log2 p: no code that knows only how often each occurs takes fewer."""
+    counts = np.bincount(np.asarray(index).ravel())
+    p = counts[counts > 0] / max(1, counts.sum())
+    return float(abs((p * np.log2(p)).sum()))
+
+
+def kmeans(points: ArrayLike, k: int, *, seed: int = 0, steps: int = 20) -> Clustering:
+    """At most ``k`` clusters of vectors: (centroids (k, d), index (n,)) for ``points`` (n, d), for product and residual quantization.
+
+    Starts as k-means++ from ``seed`` (Arthur and Vassilvitskii 2007), then up to ``steps`` of Lloyd's; a centroid that lost all its points moves to the
+    point worst served. Where k is at least the number of distinct points, all are kept. ValueError where the points are none, not (n, d) or not finite.
+    """
+    points, k = _numbers(points), _whole(k)
+    if points.ndim != 2:
+        raise ValueError(f"points of shape {points.shape}: (n, d) is asked for; reshape them")
+    middle = points.mean(0)
+    points = points - middle  # so that |c|^2 - 2 x c, which orders the centroids, cancels little
+    centroids = _plus_plus(points, k, np.random.default_rng(seed))
+    index = _closest(points, centroids)
+    for _ in range(steps):
+        centroids, last = _moved(points, index, centroids), index
+        index = _closest(points, centroids)
+        if np.array_equal(index, last):
+            break
+    return centroids + middle, index
+
+
+def _plus_plus(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k of the points, each drawn with a chance that grows as its squared distance from those before it."""
+    chosen = [int(rng.integers(len(points)))]
+    far = np.full(len(points), np.inf)
+    for u in rng.random(k - 1):
+        far = np.minimum(far, np.square(points - points[chosen[-1]]).sum(1))
+        reach = np.cumsum(far)
+        chosen.append(min(int(np.searchsorted(reach, u * reach[-1], side="right")), len(points) - 1))
+    return points[chosen]
+
+
+def _closest(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    rows = max(1, CHUNK // len(centroids))
+    half = np.square(centroids).sum(1) / 2
+    return np.concatenate([(half - points[i : i + rows] @ centroids.T).argmin(1) for i in range(0, len(points), rows)])
+
+
+def _moved(points: np.ndarray, index: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """The mean of each cluster; centroids without points go to the points that are farthest from theirs."""
+    counts = np.bincount(index, minlength=len(centroids))
+    sums = np.stack([np.bincount(index, column, len(centroids)) for column in points.T], axis=1)
+    empty = np.flatnonzero(counts == 0)
+    moved = sums / np.maximum(counts, 1)[:, None]
+    if len(empty):
+        worst = np.argsort(-np.square(points - centroids[index]).sum(1), kind="stable")[: len(empty)]
+        moved[empty[: len(worst)]] = points[worst]
+    return moved
+
+
+def _midpoints(centroids: np.ndarray) -> np.ndarray:
+    return centroids[:-1] / 2 + centroids[1:] / 2
+
+
+def _numbers(x: ArrayLike) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    if not x.size:
+        raise ValueError(f"nothing to cluster: shape {x.shape} holds no number")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(x))} of {x.size} numbers are not finite (nan or inf); clustering needs finite ones")
+    return x
+
+
+def _weights(h: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights as float64; ones where none are given or all are 0."""
+    h = np.ones(shape) if h is None else np.asarray(h, np.float64)
+    if h.shape != shape:
+        raise ValueError(f"weights of shape {h.shape} for numbers of shape {shape}; give one weight a number")
+    if not (np.isfinite(h) & (h >= 0)).all():
+        raise ValueError("weights below 0 or not finite; clip them at 0")
+    return h if h.any() else np.ones(shape)
+
+
+def _whole(k: int) -> int:
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k={k!r} clusters are not possible; give a whole number from 1 up")
+    return int(k)

@@ -1,0 +1,215 @@
+"""What a layer's inputs are rounded to, and the gradients that come back to it.
+
+``Steps`` is any rounding of real numbers to a few levels; ``Affine`` the evenly spaced one, which is faster. Both are small plain tensors, so
+that they go to disk beside the weight. ``attach_site`` puts one in front of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import storage
+from .method import Method, call
+from .packed import Arrays, State
+
+
+class Straight(torch.autograd.Function):
+    """``rounded`` in the forward pass; in the backward pass the gradient goes to ``x`` times ``slope``, and whole to ``rounded``."""
+
+    @staticmethod
+    def forward(ctx, x, rounded, slope):
+        ctx.save_for_backward(slope)
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx, g):
+        (slope,) = ctx.saved_tensors
+        return g * slope, g if ctx.needs_input_grad[1] else None, None
+
+
+def inside(low: float, high: float) -> Callable[[Tensor], Tensor]:
+    """The slope of the clipped straight-through line: 1 from ``low`` to ``high``, both included, else 0."""
+    return lambda x: ((x >= low) & (x <= high)).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """``levels`` (count,), rising, the i-th where x lies from ``thresholds[i - 1]`` on and below ``thresholds[i]``.
+
+    ``slope`` is what stands for the derivative in training (1 between the outer levels, if not given). ``spread``: the layer's output is
+    multiplied by the mean of |x| over the inputs that each output sees (XNOR-Net's K).
+    """
+
+    thresholds: Tensor
+    levels: Tensor
+    slope: Callable[[Tensor], Tensor] | None = None
+    spread: bool = False
+    state: State = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.levels)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return self.levels.to(x)[torch.bucketize(x.detach(), self.thresholds.to(x), right=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.rounded(x)
+        slope = self.slope or inside(*self.levels[[0, -1]].tolist())
+        return Straight.apply(x, self.rounded(x), slope(x.detach()))
+
+    def arrays(self) -> Arrays:
+        return {"thresholds": self.thresholds.detach().cpu().numpy(), "levels": self.levels.detach().cpu().numpy()}
+
+    def frozen(self) -> Steps:
+        return replace(self, thresholds=self.thresholds.detach().clone(), levels=self.levels.detach().clone(), state={})
+
+    def meta(self) -> dict[str, Any]:
+        return {"type": "steps", "spread": self.spread}
+
+    @classmethod
+    def decode(cls, arrays: Arrays, meta: dict[str, Any]) -> Steps:
+        thresholds, levels = (torch.from_numpy(arrays[n].copy()) for n in ("thresholds", "levels"))
+        storage.need(0 < len(levels) <= 1 << 16 and len(thresholds) == len(levels) - 1, "thresholds and levels of an input do not fit")
+        storage.need(bool((thresholds.diff() >= 0).all()) and bool(levels.isfinite().all()), "thresholds do not rise, or a level is not finite")
+        return cls(thresholds, levels, spread=bool(meta["spread"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Evenly spaced levels scale (q - zero), q = 0 ... count - 1: x / scale + zero, rounded and clamped. ``scale`` and ``zero`` are 0-d tensors."""
+
+    scale: Tensor
+    zero: Tensor
+    count: int
+    state: State = field(default_factory=dict)
+    spread = False
+
+    def rounded(self, x: Tensor) -> Tensor:
+        scale, zero = self.scale.to(x), self.zero.to(x)
+        return ((x * (1 / scale)).round().add_(zero).clamp_(0, self.count - 1) - zero) * scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.rounded(x)
+        low, high = (self.scale * (q - self.zero) for q in (-0.5, self.count - 0.5))
+        return Straight.apply(x, self.rounded(x), inside(low.item(), high.item())(x.detach()))
+
+    def arrays(self) -> Arrays:
+        return {"affine": torch.stack([self.scale, self.zero]).detach().cpu().numpy()}
+
+    def frozen(self) -> Affine:
+        return replace(self, scale=self.scale.detach().clone(), zero=self.zero.detach().clone(), state={})
+
+    def meta(self) -> dict[str, Any]:
+        return {"type": "affine", "count": self.count}
+
+    @classmethod
+    def decode(cls, arrays: Arrays, meta: dict[str, Any]) -> Affine:
+        storage.need(arrays["affine"].shape == (2,) and bool(np.isfinite(arrays["affine"]).all()), "scale and zero of an input are not two numbers")
+        storage.need(2 <= meta["count"] <= 1 << 16 and arrays["affine"][0] > 0, "an input has no levels, or a scale that is not above 0")
+        scale, zero = torch.from_numpy(arrays["affine"].copy())
+        return cls(scale, zero, meta["count"])
+
+
+Input = Steps | Affine
+INPUTS: dict[str, type] = {"steps": Steps, "affine": Affine}  # the name in a file's header -> the dataclass
+
+
+class Site(nn.Module):
+    """Stands in front of a layer and rounds its inputs; in training a method that follows its inputs is asked again with its state."""
+
+    def __init__(self, given: Input, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.input, self.knobs = given, knobs or {}
+        self.method = method if method is not None and method.follows else None
+        self.errors = partial(call, method.errors, knobs=self.knobs) if method is not None and method.errors else None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Site:
+        """Move or convert what is held, as a module does with its buffers."""
+        held = {f.name: fn(v) for f in fields(self.input) if isinstance(v := getattr(self.input, f.name), Tensor)}
+        self.input = replace(self.input, **held)
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.method is not None:
+            self.input = call(self.method.acts, {"x": x.detach(), "training": True}, {**self.knobs, "state": self.input.state})
+        return self.input(x)
+
+
+def attach_site(layer: nn.Module, site: Site) -> None:
+    """Put ``site`` in front of ``layer``, in place of one that stood there; the layer is changed."""
+    detach_site(layer)
+    layer.input_site = site.train(layer.training)
+    layer.register_forward_pre_hook(_before)
+    layer.register_forward_hook(_after)
+
+
+def detach_site(layer: nn.Module) -> None:
+    """Nothing stands in front of the layer any more."""
+    if site_of(layer) is not None:
+        del layer.input_site
+        for hooks, ours in ((layer._forward_pre_hooks, _before), (layer._forward_hooks, _after)):
+            for key in [k for k, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+
+
+def site_of(layer: nn.Module) -> Site | None:
+    return getattr(layer, "input_site", None)
+
+
+@contextmanager
+def inputs_at(model: nn.Module, inputs: dict[str, Input]) -> Iterator[None]:
+    """The layers named in ``inputs`` round what they read, inside the block; they had no site before."""
+    layers = {model.get_submodule(n): given for n, given in inputs.items()}
+    try:
+        for layer, given in layers.items():
+            attach_site(layer, Site(given))
+        yield
+    finally:
+        for layer in layers:
+            detach_site(layer)
+
+
+def _before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    site = layer.input_site
+    site.read = inputs[0] if site.input.spread else None
+    return (site(inputs[0]), *inputs[1:])
+
+
+def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    site = layer.input_site
+    if site.read is not None:
+        out, site.read = out * spread_of(layer, site.read), None
+    return Rounded.apply(out, site.errors) if site.errors is not None and site.training and torch.is_grad_enabled() else out
+
+
+def spread_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """The mean of |x| over the inputs that each output of the layer sees (XNOR-Net's K): padded zeros count as inputs."""
+    size = x.detach().abs().mean(1, keepdim=True)
+    if isinstance(layer, nn.Linear):
+        return size
+    return F.avg_pool2d(size, layer.kernel_size, layer.stride, layer.padding)
+
+
+class Rounded(torch.autograd.Function):
+    """The identity, whose backward pass rounds the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, rounding):
+        ctx.rounding = rounding
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.rounding({"g": g}), None

@@ -1,0 +1,135 @@
+"""What is put around a packed value: the rounding of the layer's inputs, an entropy code; and all types that a file can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from . import storage
+from .codes import TERMS, SparseCodes, Sum
+from .packed import Arrays, Packed, Streams, Widths
+from .sites import INPUTS, Input
+
+GAP_BITS = range(3, 9)
+
+
+class Around(Packed):
+    """A packed value around another one, ``inner``: what it does not change is the inner one's."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @property
+    def values(self) -> Tensor:
+        return self.inner.values
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.inner.state
+
+    @property
+    def vectors(self) -> tuple[tuple[str, int], ...]:
+        return self.inner.vectors
+
+    def at(self, w: Tensor) -> Packed:
+        return replace(self, inner=self.inner.at(w))
+
+    def through(self, w: Tensor) -> Tensor:
+        return self.inner.through(w)
+
+    def frozen(self) -> Packed:
+        return replace(self, inner=self.inner.frozen())
+
+
+@dataclass(frozen=True, eq=False)
+class Sited(Around):
+    """A weight whose layer also rounds its inputs: ``input`` is stored beside it."""
+
+    inner: Packed
+    input: Input
+
+    def parts(self) -> tuple[Arrays, Streams]:
+        plain, streams = self.inner.parts()
+        return {**plain, **{f"input.{n}": a for n, a in self.input.arrays().items()}}, streams
+
+    def bits(self) -> int:
+        return self.inner.bits() + 8 * sum(a.nbytes for a in self.input.arrays().values())
+
+    def meta(self) -> dict[str, Any]:
+        inner = self.inner.meta()
+        return {"type": "sited", "shape": inner["shape"], "inner": inner, "input": self.input.meta()}
+
+    @classmethod
+    def widths(cls, plain: Arrays, meta: dict[str, Any]) -> Widths:
+        storage.need(meta["inner"]["shape"] == meta["shape"], "the shapes inside and outside differ")
+        return TYPES[meta["inner"]["type"]].widths(plain, meta["inner"])
+
+    @classmethod
+    def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> Sited:
+        own = {n.removeprefix("input."): a for n, a in plain.items() if n.startswith("input.")}
+        rest = {n: a for n, a in plain.items() if not n.startswith("input.")}
+        given = INPUTS[meta["input"]["type"]].decode(own, meta["input"])
+        return cls(TYPES[meta["inner"]["type"]].rebuild(rest, streams, meta["inner"]), given)
+
+
+@dataclass(frozen=True, eq=False)
+class Coded(Around):
+    """A packed value whose streams of small numbers are written in an entropy code: ``huffman`` or ``range``."""
+
+    inner: Packed
+    coder: str = "huffman"
+
+    def _encoded(self) -> tuple[Arrays, dict[str, Any]]:
+        from . import entropy
+
+        plain, streams = self.inner.parts()
+        codes: dict[str, Any] = {}
+        for name, (numbers, k) in streams.items():
+            arrays, codes[name] = entropy.encode(numbers, k, self.coder)
+            plain |= {f"{name}.{n}": a for n, a in arrays.items()}
+        return plain, codes
+
+    def parts(self) -> tuple[Arrays, Streams]:
+        return self._encoded()[0], {}
+
+    def meta(self) -> dict[str, Any]:
+        inner = self.inner.meta()
+        return {"type": "coded", "shape": inner["shape"], "coder": self.coder, "inner": inner, "streams": self._encoded()[1]}
+
+    def format(self) -> str:
+        return f"{self.inner.format()}, {self.coder}"
+
+    @classmethod
+    def widths(cls, plain: Arrays, meta: dict[str, Any]) -> Widths:
+        return {}
+
+    @classmethod
+    def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> Coded:
+        from . import entropy
+
+        inner, kind = meta["inner"], TYPES[meta["inner"]["type"]]
+        storage.need(inner["shape"] == meta["shape"] and inner["type"] != "coded", "a coded value holds one plain value of its own shape")
+        found: dict[str, np.ndarray] = {}
+        for name, (k, count) in kind.widths(plain, inner).items():
+            own = {n.removeprefix(f"{name}."): a for n, a in plain.items() if n.startswith(f"{name}.")}
+            found[name] = entropy.decode(own, meta["streams"][name], k, count, meta["coder"])
+        rest = {n: a for n, a in plain.items() if not any(n.startswith(f"{name}.") for name in found)}
+        return cls(kind.rebuild(rest, found, inner), meta["coder"])
+
+
+def entropy_coded(packed: Packed, coder: str = "huffman") -> Coded:
+    """``packed`` in an entropy code; of sparse codes the width of the gaps is the one that makes it smallest then."""
+    if isinstance(packed, Coded):
+        return entropy_coded(packed.inner, coder)
+    if isinstance(packed, Sited):
+        return Coded(replace(packed, inner=entropy_coded(packed.inner, coder).inner), coder)
+    tried = [packed, *(replace(packed, gap_bits=k) for k in GAP_BITS)] if isinstance(packed, SparseCodes) else [packed]
+    return min((Coded(p, coder) for p in tried), key=Coded.bits)
+
+
+TYPES: dict[str, type[Packed]] = {**TERMS, "sparse codes": SparseCodes, "sum": Sum, "sited": Sited, "coded": Coded}  # the name in a file's header
