@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from .channels import LAYERS
 from .codes import SparseCodes
 from .method import Method, call
-from .packed import Packed, State, laid_like
+from .packed import Masked, Packed, State, laid_like
 from .sites import Affine, Site, Steps, attach_site, detach_site, site_of
 from .wrapped import Sited
 
@@ -41,7 +41,8 @@ class Attached(nn.Module):
 
     def __init__(self, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.method = method if method is not None and method.learns else None
+        nothing_left = method is not None and method.kind == "quantizer" and isinstance(packed, Masked)
+        self.method = method if method is not None and method.learns and not nothing_left else None
         self.knobs = knobs or {}
         self.vectors = packed.vectors
         self.fixed = packed if self.method is None else None

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 Clustering = tuple[np.ndarray, np.ndarray]  # centroids, and for each number the index of its own
 PLACES = 512  # where cuts may lie, at least; up to so many distinct numbers the clustering is the optimum
-CHUNK = 1 << 18  # entries of a table of distances that is made at once
+CHUNK = 1 << 16  # distances that are made at once: they stay in the processor's cache
 
 
 class Line:
@@ -45,15 +45,21 @@ class Line:
         """At most ``k`` clusters of least sum of h (x - c)^2: (centroids (k,) rising, index of x's shape).
 
         The optimum where at most 512 (or 4 k) numbers are distinct, else a local one close to it. Where k is at least the number of distinct
-        numbers, all are kept as they are and the last centroid repeats, unused. k = 1 gives the weighted mean.
+        numbers, all are kept as they are and the last centroid repeats, unused. k = 1 gives the weighted mean. ValueError where k is below 1.
         """
-        centroids = self.lloyd(self._means(self.best_cuts(k, self._places(max(PLACES, 4 * k))))) if self._fits(k) else self._lossless(k)
-        return centroids, nearest(self.x, centroids)
+        return self._assigned(self.lloyd(self._start(k, max(PLACES, 4 * _whole(k)))))
 
     def optimum(self, k: int) -> Clustering:
         """As ``cluster``, the exact optimum however many numbers are distinct: for up to some 2000, since time grows with their square."""
-        centroids = self._means(self.best_cuts(k, np.arange(len(self.values) + 1))) if self._fits(k) else self._lossless(k)
+        return self._assigned(self._start(_whole(k), len(self.values)))
+
+    def _assigned(self, centroids: np.ndarray) -> Clustering:
         return centroids, nearest(self.x, centroids)
+
+    def _start(self, k: int, places: int) -> np.ndarray:
+        """The best centroids whose cells end at ``places`` places, or the distinct numbers themselves where they are no more than k."""
+        spare = k - len(self.values)
+        return np.append(self.values, np.full(spare, self.values[-1])) if spare >= 0 else self._means(self.best_cuts(k, self._places(places)))
 
     def lloyd(self, centroids: np.ndarray, steps: int | None = None) -> np.ndarray:
         """Rising centroids after ``steps`` of Lloyd's (None: until nothing moves): each becomes the mean of the numbers nearest to it.
@@ -122,19 +128,13 @@ class Line:
         means = np.clip(self.middle + np.divide(first, mass, out=np.zeros_like(mass), where=mass > 0), low, high)
         return means if empty is None else np.where(np.diff(cuts) > 0, means, empty)
 
-    def _fits(self, k: int) -> bool:
-        return _whole(k) < len(self.values)
-
-    def _lossless(self, k: int) -> np.ndarray:
-        return np.append(self.values, np.full(k - len(self.values), self.values[-1]))
-
 
 def nearest(x: ArrayLike, centroids: np.ndarray) -> np.ndarray:
     """The index (int64, of x's shape) of the centroid nearest to each number; of two as near, the lower. ``centroids`` (k,) rise."""
     return np.searchsorted(_midpoints(centroids), np.asarray(x, np.float64))
 
 
-def ecsq(x: ArrayLike, k: int, lam: float, h: ArrayLike | None = None, *, steps: int = 100) -> Clustering:
+def ecsq(x: ArrayLike, k: int, lam: float, h: ArrayLike | None = None, *, steps: int = 30) -> Clustering:
     """Entropy-constrained scalar quantization: at most ``k`` centroids that lower mean h (x - c)^2 + lam H, H the index's entropy in bits.
 
     Each step gives every number the centroid of least h (x - c)^2 - lam log2 p, p the share of numbers that took it, drops centroids that nobody took
@@ -144,17 +144,19 @@ def ecsq(x: ArrayLike, k: int, lam: float, h: ArrayLike | None = None, *, steps:
     """
     if not 0 <= lam < np.inf:
         raise ValueError(f"lam={lam} is not allowed; it weighs bits against squared error, is finite and at least 0")
-    centroids, index = Line(x, h).cluster(k)
-    flat, weights, index = _numbers(x).ravel(), _weights(h, np.shape(x)).ravel(), index.ravel()
+    line = Line(x, h)
+    centroids, index = line.cluster(k)
+    flat, weights, index = line.x.ravel() - line.middle, _weights(h, line.x.shape).ravel(), index.ravel()
+    cost = np.stack([weights, -2 * weights * flat, np.ones_like(flat)], axis=1)  # times (c^2, c, price): h (x - c)^2 + price, less h x^2
     for _ in range(steps):
-        centroids, index, counts = _used(centroids, index)
+        centroids, index, counts = _used(centroids - line.middle, index)
         mass = np.bincount(index, weights)
         centroids = np.divide(np.bincount(index, weights * flat), mass, out=centroids, where=mass > 0)
-        chosen = _cheapest(flat, weights, centroids, -lam * np.log2(counts / len(flat)))
-        if np.array_equal(chosen, index):
+        index, last = _lowest(cost, np.stack([centroids**2, centroids, -lam * np.log2(counts / len(flat))])), index
+        centroids += line.middle
+        if np.array_equal(index, last):
             break
-        index = chosen
-    return _rising(*_used(centroids, index)[:2], np.shape(x))
+    return _rising(*_used(centroids, index)[:2], line.x.shape)
 
 
 def _used(centroids: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -169,11 +171,10 @@ def _rising(centroids: np.ndarray, index: np.ndarray, shape: tuple[int, ...]) ->
     return centroids[order], np.argsort(order)[index].reshape(shape)
 
 
-def _cheapest(x: np.ndarray, h: np.ndarray, centroids: np.ndarray, price: np.ndarray) -> np.ndarray:
-    """argmin over the centroids of h (x - c)^2 + price."""
-    rows = max(1, CHUNK // len(centroids))
-    parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
-    return np.concatenate([(h[p, None] * (x[p, None] - centroids) ** 2 + price).argmin(1) for p in parts])
+def _lowest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """For each row of a (n, d), the column of a @ b, with b (d, k), that is least; the table (n, k) is never whole."""
+    rows = max(1, CHUNK // b.shape[1])
+    return np.concatenate([(a[i : i + rows] @ b).argmin(1) for i in range(0, len(a), rows)])
 
 
 def entropy(index: ArrayLike) -> float:
@@ -193,7 +194,7 @@ def kmeans(points: ArrayLike, k: int, *, seed: int = 0, steps: int = 20) -> Clus
     if points.ndim != 2:
         raise ValueError(f"points of shape {points.shape}: (n, d) is asked for; reshape them")
     middle = points.mean(0)
-    points = points - middle  # so that |c|^2 - 2 x c, which orders the centroids, cancels little
+    points = points - middle  # so that |c|^2 - 2 x c cancels little
     centroids = _plus_plus(points, k, np.random.default_rng(seed))
     index = _closest(points, centroids)
     for _ in range(steps):
@@ -216,9 +217,8 @@ def _plus_plus(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _closest(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    rows = max(1, CHUNK // len(centroids))
-    half = np.square(centroids).sum(1) / 2
-    return np.concatenate([(half - points[i : i + rows] @ centroids.T).argmin(1) for i in range(0, len(points), rows)])
+    """The centroid of least |c|^2 - 2 x c, which is |x - c|^2 less what all have in common."""
+    return _lowest(np.insert(points, 0, 1.0, axis=1), np.vstack([np.square(centroids).sum(1), -2 * centroids.T]))
 
 
 def _moved(points: np.ndarray, index: np.ndarray, centroids: np.ndarray) -> np.ndarray:

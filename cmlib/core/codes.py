@@ -268,18 +268,15 @@ class SparseCodes(Packed):
 
 @dataclass(frozen=True, eq=False)
 class Sum(Packed):
-    """A weight that is the sum of several packed values of its shape; ``values`` is the latent weight of all of them."""
+    """A weight that is the sum of several packed values of its shape, each with latent values of its own."""
 
     values: Tensor
     terms: tuple[Packed, ...]
     state: State = field(default_factory=dict)
     vectors: tuple[tuple[str, int], ...] = ()
 
-    def at(self, w: Tensor) -> Sum:
-        return replace(self, values=w)
-
     def through(self, w: Tensor) -> Tensor:
-        return sum(p.through(w) for p in self.terms)
+        return sum(p.through(p.values) for p in self.terms)
 
     @property
     def mask(self) -> Tensor:

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .apply import Plan, weighted
+from .apply import Plan, attach_plan, weighted
+from .codes import Codes, SparseCodes, Sum
 from .inputs import Pair
 from .knobs import knobs_of
 from .method import Method, call
-from .packed import Packed
+from .packed import Masked, Packed
 from .planner import Planner
 from .select import Masks, is_n_of_m, removed, selection, to_units, to_weights
 from .storage import FORMATS
-from .wrapped import TYPES
+from .wrapped import CODERS, TYPES, entropy_coded
 
 Law = Callable[[Method], None]
 UNITS = knobs_of(selection)["unit"].span.choices
@@ -170,14 +171,63 @@ def projection(method: Method) -> None:
             assert array.tobytes() == again[name].tobytes(), f"{where}: array {name!r} differs when what was read is written again"
 
 
+def few_levels(method: Method) -> None:
+    """Each group of weights takes no more values than it has levels, and a code is as wide as its levels need."""
+    for where, packed in _packed(method, stored=False):
+        for codes in _codes(packed):
+            wide, counted = codes.levels.shape[1], 1 << codes.width
+            assert codes.count <= wide and (codes.count <= 1 or counted // 2 < codes.count <= counted), f"{where}: {codes.count} levels of {wide}"
+            assert int(codes.index.max()) < codes.count and int(codes.index.min()) >= 0, f"{where}: a code lies outside its levels"
+
+
+def idempotent(method: Method) -> None:
+    """The weight that the codes stand for, quantized again, is the same weight."""
+    model, data = subject()
+    for knobs in _corners(method):
+        once = Planner(model, method, data=data)(**knobs)
+        twice = deepcopy(model)
+        with torch.no_grad():
+            for name, packed in once.items():
+                twice.get_submodule(name).weight.copy_(packed.dense())
+        for name, packed in Planner(twice, method, data=data)(**knobs).items():
+            was = once[name].dense()
+            assert torch.allclose(packed.dense(), was, rtol=1e-6, atol=1e-9), f"{method.key}{knobs}: layer {name} moves when it is quantized again"
+
+
+def degenerate(method: Method) -> None:
+    """Weights that are all equal, all zero, or a single one give finite weights."""
+    for value in (0.0, 0.5, -0.5):
+        for shape in ((4, 6), (1, 1)):
+            layer = nn.Sequential(nn.Flatten(), nn.Linear(shape[1], shape[0], bias=False)).double()
+            nn.init.constant_(layer[1].weight, value)
+            x = torch.linspace(0, 1, 8 * shape[1], dtype=torch.float64).reshape(8, 1, 1, shape[1])
+            for knobs in _corners(method):
+                for packed in Planner(layer, method, data=(x, torch.zeros(8, dtype=torch.int64)))(**knobs).values():
+                    assert torch.isfinite(packed.dense()).all(), f"{method.key}{knobs}: weights that are all {value} give NaN or infinite ones"
+
+
+def trains(method: Method) -> None:
+    """In a training forward the weight is the one that the codes stand for, and a finite gradient reaches something that learns."""
+    model, (x, y) = subject()
+    attach_plan(model, Planner(model, method, data=(x, y))(), method, method.bind({}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.functional.cross_entropy(model.train()(x), y).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if "weight" in n and "parametrizations" in n and p.grad is not None}
+    for name, g in found.items():
+        assert torch.isfinite(g).all(), f"{method.key}: the gradient of {name} is NaN or infinite"
+    assert any(bool((g != 0).any()) for g in found.values()), f"{method.key}: no gradient reaches what the quantizer learns"
+
+
 SCORES: tuple[Law, ...] = (finite, permutation)
 SELECTION: tuple[Law, ...] = (count, nested, ties)
 PACKED: tuple[Law, ...] = (shape, round_trip, bits, projection)
+QUANTIZERS: tuple[Law, ...] = (few_levels, idempotent, degenerate, trains)
 
 
 def laws_of(method: Method) -> tuple[Law, ...]:
     """The laws that bind a method: those of selection only where ``keep`` is one of its knobs."""
-    return (*SCORES, *(SELECTION if "keep" in method.knobs else ()), *PACKED)
+    return (*SCORES, *(SELECTION if "keep" in method.knobs else ()), *PACKED, *(QUANTIZERS if method.kind == "quantizer" else ()))
 
 
 def exemption(law: Law, method: Method) -> str:
@@ -234,19 +284,49 @@ def _dense(plan: Plan) -> dict[str, Tensor]:
 
 
 def _plans(method: Method) -> Iterator[tuple[dict[str, Any], Plan]]:
-    """Plans at the defaults and, where there is ``keep``, at both of its ends and between."""
+    """Plans at the defaults and at the ends: of ``keep`` where there is one, of a quantizer's own knobs."""
     planner = _planner(method)
-    for knobs in [{}, *({"keep": k} for k in (1.0, 0.5, 0.001) if "keep" in method.knobs)]:
+    corners = _corners(method) if method.kind == "quantizer" else [{}, *({"keep": k} for k in (1.0, 0.5, 0.001) if "keep" in method.knobs)]
+    for knobs in corners:
         yield knobs, planner(**knobs)
 
 
-def _packed(method: Method) -> Iterator[tuple[str, Packed]]:
-    """Every packed value of ``_plans`` in every storage format that it has."""
+def _packed(method: Method, stored: bool = True) -> Iterator[tuple[str, Packed]]:
+    """Every packed value of ``_plans`` in every storage format and entropy code that it has; a quantizer's also for layers that were pruned."""
     for knobs, plan in _plans(method):
         for name, packed in plan.items():
-            stored = [replace(packed, storage=f) for f in (*FORMATS, "auto")] if hasattr(packed, "storage") else [packed]
-            for p in stored:
-                yield f"{method.key}{knobs}, layer {name}, storage {getattr(p, 'storage', '')!r}", p
+            for p in _stored(packed) if stored else [packed]:
+                yield f"{method.key}{knobs}, layer {name}, {p.format()}", p
+    if method.kind == "quantizer":
+        for name, packed in _pruned_first(method).items():
+            for p in _stored(packed) if stored else [packed]:
+                yield f"{method.key} of what pruning left, layer {name}, {p.format()}", p
+
+
+def _stored(packed: Packed) -> list[Packed]:
+    if isinstance(packed, Masked):
+        return [replace(packed, storage=f) for f in (*FORMATS, "auto")]
+    return [packed, *(entropy_coded(packed, coder) for coder in CODERS)]
+
+
+def _pruned_first(method: Method) -> Plan:
+    """The quantizer's plan for a network of whose weights every third is gone; empty where it needs whole rows."""
+    model, data = subject()
+    masks = {n: (torch.arange(m.weight.numel()) % 3 > 0).reshape(m.weight.shape) for n, m in weighted(model).items()}
+    attach_plan(model, {n: Masked(m.weight.detach().clone(), masks[n]) for n, m in weighted(model).items()})
+    try:
+        return Planner(model, method, data=data)()
+    except ValueError as error:
+        assert "per='tensor'" in str(error), f"{method.key} cannot quantize what pruning left, and does not say how it could: {error}"
+        return {}
+
+
+def _codes(packed: Packed) -> list[Codes]:
+    """The codes inside a packed value."""
+    inner = getattr(packed, "inner", None) or (packed.codes if isinstance(packed, SparseCodes) else None)
+    if inner is not None:
+        return _codes(inner)
+    return [c for term in packed.terms for c in _codes(term)] if isinstance(packed, Sum) else [packed] if isinstance(packed, Codes) else []
 
 
 def _read_back(packed: Packed) -> Packed:

@@ -13,6 +13,7 @@ from .codes import TERMS, SparseCodes, Sum
 from .packed import Arrays, Packed, Streams, Widths
 from .sites import INPUTS, Input
 
+CODERS = ("huffman", "range")
 GAP_BITS = range(3, 9)
 
 
