@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "catalog": "methods", "find": "methods", "with_plain_weights": "core.apply", "bake": "core.bake",
-    "compress": "lab.verbs", "plan": "lab.verbs",
+    "compress": "lab.verbs", "plan": "lab.verbs", "coded": "lab.verbs",
     "fit": "lab.train", "evaluate": "lab.train", "predict": "lab.train", "prune_and_train": "lab.train",
     "measure": "lab.measure", "Row": "lab.row", "over_seeds": "lab.row", "rows_table": "lab.row", "sparse_crossover": "lab.measure",
     "sensitivity": "lab.ratios", "solve": "lab.ratios", "compress_each": "lab.ratios", "recalibrate": "lab.ratios", "latency_scan": "lab.ratios",
@@ -22,7 +22,8 @@ _PLACES = {
     "load_net": "lab.zoo", "build": "lab.zoo", "NetError": "lab.zoo",
     "explore": "view.explorer", "predict_first": "view.quiz", "browse": "view.browse", "methods_table": "view.browse", "installed": "view.browse",
     "one_shot": "core.schedule", "iterative": "core.schedule", "gradual": "core.schedule",
-    "score": "core.method", "Keep": "core.knobs", "Span": "core.knobs", "Pick": "core.knobs", "Masked": "core.packed", "select": "core.select",
+    "score": "core.method", "quantizer": "core.method", "Keep": "core.knobs", "Bits": "core.knobs", "Span": "core.knobs", "Pick": "core.knobs",
+    "Masked": "core.packed", "Codes": "core.codes", "select": "core.select",
 }  # fmt: skip
 
 __all__ = [*_PLACES, "__version__"]

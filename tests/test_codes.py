@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from cmlib import compress, fit, load, measure, save
+from cmlib import coded, compress, fit, load, load_net, measure, save
 from cmlib.core import storage
 from cmlib.core.apply import attach_plan, plan_of, substituted, with_plain_weights
 from cmlib.core.codes import Codes, SparseCodes, Sum, grouped, nearest_level
 from cmlib.core.knobs import Bits, Per
 from cmlib.core.method import quantizer
 from cmlib.core.packed import Masked
-from cmlib.core.wrapped import TYPES
+from cmlib.core.wrapped import CODERS, TYPES, entropy_coded
+from cmlib.lab.files import sizes
 
 
 def drawn(*shape, seed=0):
@@ -253,3 +254,33 @@ def test_a_model_in_double_precision_takes_its_codes_along():
 def test_bits_outside_the_knob_are_refused(bits):
     with pytest.raises(ValueError, match=r"bits=.* is not allowed: bits is a whole number from 1 to 8"):
         compress(net(), uniform, bits=bits)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("name", EVERY)
+def test_an_entropy_code_changes_nothing_but_the_bytes(name, coder):
+    packed = entropy_coded(EVERY[name], coder)
+    arrays, meta = packed.arrays(), json.loads(json.dumps(packed.meta()))
+    assert packed.bits() == 8 * sum(a.nbytes for a in arrays.values())
+    back = TYPES[meta["type"]].decode({n: np.frombuffer(a.tobytes(), a.dtype) for n, a in arrays.items()}, meta)
+    assert torch.equal(back.dense(), EVERY[name].dense()) and type(back.inner) is type(EVERY[name])
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_a_coded_file_is_smaller_and_the_same_network(coder, tmp_path):
+    pruned = compress(load_net("lenet300", "mnist"), "magnitude_pruning_han", keep=0.1)
+    plain = compress(pruned, uniform, bits=5)
+    small = coded(plain, coder)
+    length = {name: save(m, tmp_path / name) for name, m in (("pruned", pruned), ("plain", plain), ("coded", small))}
+    assert length["coded"] < 0.9 * length["plain"] < 0.4 * length["pruned"]
+    x = torch.rand(9, 1, 28, 28)
+    assert torch.equal(load(tmp_path / "coded")(x), plain(x)) and torch.equal(small(x), plain(x))
+    found = sizes(tmp_path / "coded")
+    assert found["file"] == length["coded"] == found["header"] + found["arrays"] and 0 < found["indices"] < sum(found["layers"].values())
+
+
+def test_coded_says_what_it_can_do():
+    with pytest.raises(ValueError, match=r"coder='zip' is not allowed: coder is one of huffman, ans"):
+        coded(compress(net(), uniform), "zip")
+    with pytest.raises(ValueError, match="nothing is attached"):
+        coded(net())

@@ -109,14 +109,20 @@ class Line:
         return np.maximum(second - np.divide(first * first, mass, out=np.zeros_like(mass), where=mass > 0), 0)
 
     def _places(self, count: int) -> np.ndarray:
-        """Some ``count`` + 1 cuts as many levels would lie: with the density of the numbers to the power 1/3 (Bennett 1948, Panter and Dite 1951)."""
+        """``count`` + 1 cuts, dense where levels would be: as the numbers to the power 1/3 (Bennett 1948, Panter and Dite 1951).
+
+        That share of the places, (mass / width)^(1/3) width, is counted over short runs of numbers; none gets more places than it has numbers.
+        """
         total = len(self.values)
         if total <= count:
             return np.arange(total + 1)
-        edges = np.unique(np.linspace(0, total - 1, 8 * count + 1).astype(int))
-        density = np.cumsum(np.cbrt(np.diff(self.sums[0, edges]) * np.diff(self.values[edges]) ** 2))  # (mass / width)^(1/3) width
-        levels = np.interp(np.arange(1, count) / count * density[-1], np.append(0, density), self.values[edges])
-        return np.unique(np.concatenate([[0], np.searchsorted(self.values, levels), [total]]))
+        edges = np.unique(np.linspace(0, total, 16 * count + 1).astype(int))
+        most = np.diff(edges)
+        share = np.cbrt(np.diff(self.sums[0, edges])) * np.cbrt(np.diff(self.values[np.minimum(edges, total - 1)])) ** 2
+        for _ in range(30):  # what does not fit where it would go is shared out among the others
+            share = np.minimum(share * (count / share.sum()), most)
+        ends = np.append(0, share.cumsum())
+        return np.unique(np.interp(np.linspace(0, ends[-1], count + 1), ends, edges).round().astype(int))
 
     def _cuts(self, centroids: np.ndarray) -> np.ndarray:
         return np.concatenate([[0], np.searchsorted(self.values, _midpoints(centroids), side="right"), [len(self.values)]])
@@ -187,8 +193,8 @@ def entropy(index: ArrayLike) -> float:
 def kmeans(points: ArrayLike, k: int, *, seed: int = 0, steps: int = 20) -> Clustering:
     """At most ``k`` clusters of vectors: (centroids (k, d), index (n,)) for ``points`` (n, d), for product and residual quantization.
 
-    Starts as k-means++ from ``seed`` (Arthur and Vassilvitskii 2007), then up to ``steps`` of Lloyd's; a centroid that lost all its points moves to the
-    point worst served. Where k is at least the number of distinct points, all are kept. ValueError where the points are none, not (n, d) or not finite.
+    Starts as k-means++ from ``seed`` (Arthur and Vassilvitskii 2007), then up to ``steps`` of Lloyd's; a centroid without points moves to the point
+    that is worst served. Where k is at least the number of distinct points, all are kept. ValueError where points are none, not (n, d) or not finite.
     """
     points, k = _numbers(points), _whole(k)
     if points.ndim != 2:

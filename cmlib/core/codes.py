@@ -222,7 +222,7 @@ class SparseCodes(Packed):
         if self.gap_bits is not None:
             return "gaps", storage.with_escapes(self.places, self.gap_bits), self.gap_bits
         found = [("gaps", storage.with_escapes(self.places, k), k) for k in range(2, 9)]
-        return min([*found, ("bitmap", self.mask.flatten().cpu().numpy(), 1)], key=lambda one: len(one[1]) * one[2])
+        return min([*found, ("bitmap", self.mask.flatten().cpu().numpy().astype(np.uint8), 1)], key=lambda one: len(one[1]) * one[2])
 
     def format(self) -> str:
         return f"{self.codes.format()} + {'bitmap' if self._gaps[0] == 'bitmap' else f'{self._gaps[2]}-bit gaps'}"

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from . import storage
+from . import entropy, storage
 from .codes import TERMS, SparseCodes, Sum
 from .packed import Arrays, Packed, Streams, Widths
 from .sites import INPUTS, Input
 
-CODERS = ("huffman", "range")
+CODERS = ("huffman", "ans")
 GAP_BITS = range(3, 9)
 
 
@@ -80,23 +80,28 @@ class Sited(Around):
 
 @dataclass(frozen=True, eq=False)
 class Coded(Around):
-    """A packed value whose streams of small numbers are written in an entropy code: ``huffman`` or ``range``."""
+    """A packed value whose streams of small numbers are written in an entropy code: ``huffman`` or ``ans``."""
 
     inner: Packed
     coder: str = "huffman"
 
     def _encoded(self) -> tuple[Arrays, dict[str, Any]]:
-        from . import entropy
-
-        plain, streams = self.inner.parts()
-        codes: dict[str, Any] = {}
-        for name, (numbers, k) in streams.items():
+        plain, codes = self.inner.parts()[0], {}
+        for name, (numbers, k) in self._told():
             arrays, codes[name] = entropy.encode(numbers, k, self.coder)
             plain |= {f"{name}.{n}": a for n, a in arrays.items()}
         return plain, codes
 
+    def _told(self) -> list[tuple[str, tuple[np.ndarray, int]]]:
+        """The inner value's streams, without those of no bits, which tell nothing."""
+        return [(name, stream) for name, stream in self.inner.parts()[1].items() if stream[1]]
+
     def parts(self) -> tuple[Arrays, Streams]:
         return self._encoded()[0], {}
+
+    def bits(self) -> int:
+        plain = sum(a.nbytes for a in self.inner.parts()[0].values())
+        return 8 * (plain + sum(entropy.nbytes(numbers, k, self.coder) for _, (numbers, k) in self._told()))
 
     def meta(self) -> dict[str, Any]:
         inner = self.inner.meta()
@@ -111,14 +116,12 @@ class Coded(Around):
 
     @classmethod
     def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> Coded:
-        from . import entropy
-
         inner, kind = meta["inner"], TYPES[meta["inner"]["type"]]
         storage.need(inner["shape"] == meta["shape"] and inner["type"] != "coded", "a coded value holds one plain value of its own shape")
         found: dict[str, np.ndarray] = {}
         for name, (k, count) in kind.widths(plain, inner).items():
             own = {n.removeprefix(f"{name}."): a for n, a in plain.items() if n.startswith(f"{name}.")}
-            found[name] = entropy.decode(own, meta["streams"][name], k, count, meta["coder"])
+            found[name] = entropy.decode(own, meta["streams"][name], k, count, meta["coder"]) if k else np.zeros(count, np.int64)
         rest = {n: a for n, a in plain.items() if not any(n.startswith(f"{name}.") for name in found)}
         return cls(kind.rebuild(rest, found, inner), meta["coder"])
 

@@ -83,6 +83,11 @@ def bench(args: list[str]) -> int:
     return run([environment(), "-m", "cmlib.bench", *args])
 
 
+def fuzz(args: list[str]) -> int:
+    """Load altered files, of which none may pass for whole: [--files 100000] [--seed S]."""
+    return run([environment(), "-m", "cmlib.lab.fuzz", *args])
+
+
 def train(args: list[str]) -> int:
     """Train the checkpoints that are missing: [--net NET] [--data DATA] [--seed SEED]."""
     return run([environment(), "-m", "cmlib.lab.zoo", *args])
@@ -116,7 +121,7 @@ def clean(args: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {f.__name__: f for f in (setup, lab, voila, test, bench, notebooks, lint, train, clean)}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {f.__name__: f for f in (setup, lab, voila, test, bench, fuzz, notebooks, lint, train, clean)}
 PLAIN = (setup, clean)  # these take no arguments
 
 
