@@ -22,7 +22,8 @@ CHUNK = 1 << 16  # distances that are made at once: they stay in the processor's
 class Line:
     """Numbers ``x`` of any shape with weights ``h`` >= 0 (such as a Hessian diagonal), sorted and summed once.
 
-    ``h`` counts up to a factor; None, or zeros only, weigh all numbers alike. Numbers of weight 0 move no centroid, but have one.
+    ``h`` counts up to a factor; None, or zeros only, weigh all numbers alike. Numbers of weight 0 move no centroid, but have one. Costs of cells are
+    differences of sums, so what is less than some 1e-14 of the whole error is not told apart.
     ValueError where x is empty, x or h is not finite, h is below 0 or of another shape.
     """
 
@@ -44,22 +45,22 @@ class Line:
     def cluster(self, k: int) -> Clustering:
         """At most ``k`` clusters of least sum of h (x - c)^2: (centroids (k,) rising, index of x's shape).
 
-        The optimum where at most 512 (or 4 k) numbers are distinct, else a local one close to it. Where k is at least the number of distinct
+        The optimum where at most 512 numbers are distinct, else a local one close to it. Where k is at least the number of distinct
         numbers, all are kept as they are and the last centroid repeats, unused. k = 1 gives the weighted mean. ValueError where k is below 1.
         """
-        return self._assigned(self.lloyd(self._start(k, max(PLACES, 4 * _whole(k)))))
+        return self._assigned(self.lloyd(self._start(k, self._places(_whole(k)))))
 
     def optimum(self, k: int) -> Clustering:
         """As ``cluster``, the exact optimum however many numbers are distinct: for up to some 2000, since time grows with their square."""
-        return self._assigned(self._start(_whole(k), len(self.values)))
+        return self._assigned(self._start(_whole(k), np.arange(len(self.values) + 1)))
 
     def _assigned(self, centroids: np.ndarray) -> Clustering:
         return centroids, nearest(self.x, centroids)
 
-    def _start(self, k: int, places: int) -> np.ndarray:
-        """The best centroids whose cells end at ``places`` places, or the distinct numbers themselves where they are no more than k."""
+    def _start(self, k: int, places: np.ndarray) -> np.ndarray:
+        """The best centroids whose cells end at ``places``, or the distinct numbers themselves where they are no more than k."""
         spare = k - len(self.values)
-        return np.append(self.values, np.full(spare, self.values[-1])) if spare >= 0 else self._means(self.best_cuts(k, self._places(places)))
+        return np.append(self.values, np.full(spare, self.values[-1])) if spare >= 0 else self._means(self._best_cuts(k, places))
 
     def lloyd(self, centroids: np.ndarray, steps: int | None = None) -> np.ndarray:
         """Rising centroids after ``steps`` of Lloyd's (None: until nothing moves): each becomes the mean of the numbers nearest to it.
@@ -72,16 +73,16 @@ class Line:
             cuts, steps = self._cuts(centroids), None if steps is None else steps - 1
         return centroids
 
-    def best_cuts(self, k: int, places: np.ndarray) -> np.ndarray:
+    def _best_cuts(self, k: int, places: np.ndarray) -> np.ndarray:
         """The k + 1 cuts (first and last place included) of least cost, all of them among ``places``, rising indices into the distinct numbers.
 
-        Cells longer than ``reach`` are left out at first. If one of them costs no more than the whole clustering found, it might belong to a better
-        one: reach is doubled. So the result is exact.
+        Cells longer than ``reach`` are left out. Where every cut is allowed the result is to be exact: if one of them costs no more than the whole
+        clustering found, it might belong to a better one, and reach is doubled.
         """
-        last = len(places) - 1
+        last, exact = len(places) - 1, len(places) > len(self.values)
         reach = min(last, -(-8 * last // k))
         cuts, cost = self._shortest(k, places, reach)
-        while reach < last and self._costs(places[: -reach - 1], places[reach + 1 :]).min() <= cost:
+        while exact and reach < last and self._costs(places[: -reach - 1], places[reach + 1 :]).min() <= cost:
             reach = min(last, 2 * reach)
             cuts, cost = self._shortest(k, places, reach)
         return places[cuts]
@@ -108,21 +109,22 @@ class Line:
         mass, first, second = self.sums[:, stop] - self.sums[:, start]
         return np.maximum(second - np.divide(first * first, mass, out=np.zeros_like(mass), where=mass > 0), 0)
 
-    def _places(self, count: int) -> np.ndarray:
-        """``count`` + 1 cuts, dense where levels would be: as the numbers to the power 1/3 (Bennett 1948, Panter and Dite 1951).
+    def _places(self, k: int) -> np.ndarray:
+        """Cuts to choose from for k cells: all, or some 512 (or 4 k) and the denser the denser levels would lie.
 
-        That share of the places, (mass / width)^(1/3) width, is counted over short runs of numbers; none gets more places than it has numbers.
+        Levels lie as the numbers to the power 1/3 (Bennett 1948, Panter and Dite 1951), counted over short runs of numbers, but no number has more
+        than one. Places are so many times more, up to two a number: where the numbers have two, every cut is a place.
         """
-        total = len(self.values)
-        if total <= count:
+        total, count = len(self.values), max(PLACES, 4 * k)
+        if total <= max(PLACES, k):
             return np.arange(total + 1)
         edges = np.unique(np.linspace(0, total, 16 * count + 1).astype(int))
-        most = np.diff(edges)
-        share = np.cbrt(np.diff(self.sums[0, edges])) * np.cbrt(np.diff(self.values[np.minimum(edges, total - 1)])) ** 2
-        for _ in range(30):  # what does not fit where it would go is shared out among the others
-            share = np.minimum(share * (count / share.sum()), most)
-        ends = np.append(0, share.cumsum())
-        return np.unique(np.interp(np.linspace(0, ends[-1], count + 1), ends, edges).round().astype(int))
+        most, bounds = np.diff(edges), np.concatenate([self.values[:1], _midpoints(self.values), self.values[-1:]])
+        levels = np.cbrt(np.diff(self.sums[0, edges])) * np.cbrt(np.diff(bounds[edges])) ** 2  # (mass / width)^(1/3) width
+        for _ in range(30):  # what is too much for a run is shared out among the others
+            levels = np.minimum(levels * (k / levels.sum()), most)
+        ends = np.append(0, np.minimum(levels * count / k, 2 * most).cumsum())
+        return np.unique(np.interp(np.linspace(0, ends[-1], int(ends[-1]) + 1), ends, edges).round().astype(int))
 
     def _cuts(self, centroids: np.ndarray) -> np.ndarray:
         return np.concatenate([[0], np.searchsorted(self.values, _midpoints(centroids), side="right"), [len(self.values)]])
@@ -152,17 +154,17 @@ def ecsq(x: ArrayLike, k: int, lam: float, h: ArrayLike | None = None, *, steps:
         raise ValueError(f"lam={lam} is not allowed; it weighs bits against squared error, is finite and at least 0")
     line = Line(x, h)
     centroids, index = line.cluster(k)
-    flat, weights, index = line.x.ravel() - line.middle, _weights(h, line.x.shape).ravel(), index.ravel()
+    centroids, index = centroids - line.middle, index.ravel()
+    flat, weights = line.x.ravel() - line.middle, _weights(h, line.x.shape).ravel()
     cost = np.stack([weights, -2 * weights * flat, np.ones_like(flat)], axis=1)  # times (c^2, c, price): h (x - c)^2 + price, less h x^2
     for _ in range(steps):
-        centroids, index, counts = _used(centroids - line.middle, index)
+        centroids, index, counts = _used(centroids, index)
         mass = np.bincount(index, weights)
         centroids = np.divide(np.bincount(index, weights * flat), mass, out=centroids, where=mass > 0)
         index, last = _lowest(cost, np.stack([centroids**2, centroids, -lam * np.log2(counts / len(flat))])), index
-        centroids += line.middle
         if np.array_equal(index, last):
             break
-    return _rising(*_used(centroids, index)[:2], line.x.shape)
+    return _rising(*_used(centroids + line.middle, index)[:2], line.x.shape)
 
 
 def _used(centroids: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -184,9 +186,9 @@ def _lowest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def entropy(index: ArrayLike) -> float:
-    """Bits a symbol of a stream of small unsigned integers, H = -sum p log2 p: no code that knows only how often each occurs takes fewer."""
-    counts = np.bincount(np.asarray(index).ravel())
-    p = counts[counts > 0] / max(1, counts.sum())
+    """Bits a symbol of a stream in which each symbol has the share p, H = -sum p log2 p: no code that knows only how often each occurs takes fewer."""
+    _, counts = np.unique(np.asarray(index), return_counts=True)
+    p = counts / counts.sum()
     return float(abs((p * np.log2(p)).sum()))
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..core.apply import weighted
 
 
 def _chain(**layers: nn.Module) -> nn.Sequential:
@@ -77,6 +80,41 @@ def resnet(shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> nn.M
     )  # fmt: skip
 
 
+class BiReal(nn.Module):
+    """A 3 by 3 convolution and batch norm with a shortcut of their own (Liu et al. 2018, Bi-Real net, figure 3).
+
+    The real sum goes on; the sign is taken in front of the convolution. The border of zeros is added before it, so that their sign is +1.
+    """
+
+    def __init__(self, cin: int, cout: int, stride: int = 1) -> None:
+        super().__init__()
+        self.pad = nn.ZeroPad2d(1)
+        self.conv = nn.Conv2d(cin, cout, 3, stride, bias=False)
+        self.bn = nn.BatchNorm2d(cout)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or cin != cout:
+            pool = nn.AvgPool2d(stride, ceil_mode=True)
+            self.shortcut = _chain(pool=pool, conv=nn.Conv2d(cin, cout, 1, bias=False), bn=nn.BatchNorm2d(cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(self.pad(x))) + self.shortcut(x)
+
+
+def bireal(shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> nn.Module:
+    """Bi-Real's form of ``resnet``: the same convolutions, no ReLU, and a shortcut around each.
+
+    The 1-bit ones are ``where="block*, !*shortcut*"``; first, last and shortcuts stay real.
+    """
+    return _chain(
+        conv=nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False), bn=nn.BatchNorm2d(16),
+        block1=BiReal(16, 32, 2), block2=BiReal(32, 32),
+        block3=BiReal(32, 64, 2), block4=BiReal(64, 64),
+        block5=BiReal(64, 64), block6=BiReal(64, 64),
+        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+        fc=nn.Linear(64, classes),
+    )  # fmt: skip
+
+
 def mlp(shape: tuple[int, int, int] = (1, 8, 8), classes: int = 10) -> nn.Module:
     """64-32-10 with ReLU for the 8 by 8 digits: small enough for a whole Hessian (2,410 parameters)."""
     c, h, w = shape
@@ -93,4 +131,22 @@ def cnn(shape: tuple[int, int, int] = (1, 8, 8), classes: int = 10) -> nn.Module
     )  # fmt: skip
 
 
-NETS: dict[str, Callable[..., nn.Module]] = {f.__name__: f for f in (linear, lenet300, lenet5, resnet, mlp, cnn)}
+def signed(model: nn.Module) -> nn.Module:
+    """A copy of a chain of layers for inputs of one bit: batch norm before every weighted layer but the first and at the end, and no ReLU.
+
+    What the layers read is then of both signs and of size one (Courbariaux et al. 2016, BNN; Rastegari et al. 2016, XNOR-Net, figure 3); after a ReLU
+    every sign is +1. Layers keep their names and weights; the batch norms are new, so that the copy is to be trained. ValueError for a model
+    that is no chain.
+    """
+    if not isinstance(model, nn.Sequential) or any(list(m.children()) for m in model):
+        raise ValueError(f"signed() takes a chain of single layers (nn.Sequential), whose ReLUs it can see; got {type(model).__name__} with blocks inside")
+    layers, parts = list(weighted(model)), {}
+    for name, m in deepcopy(model).named_children():
+        if name in layers[1:]:
+            parts[f"norm_{name}"] = nn.BatchNorm2d(m.in_channels) if isinstance(m, nn.Conv2d) else nn.BatchNorm1d(m.in_features)
+        if not isinstance(m, (nn.ReLU, nn.BatchNorm2d)):
+            parts[name] = m
+    return _chain(**parts, norm=nn.BatchNorm1d(len(model.get_submodule(layers[-1]).weight))).train(model.training)
+
+
+NETS: dict[str, Callable[..., nn.Module]] = {f.__name__: f for f in (linear, lenet300, lenet5, resnet, bireal, mlp, cnn)}

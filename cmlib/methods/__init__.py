@@ -6,9 +6,9 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import prune, quantize, structures
+from . import codebooks, grids, prune, quantize, structures
 
-CHAPTERS: tuple[ModuleType, ...] = (prune, structures, quantize)
+CHAPTERS: tuple[ModuleType, ...] = (prune, structures, quantize, grids, codebooks)
 
 
 def catalog() -> dict[str, Method]:
