@@ -27,7 +27,8 @@ from .tables import heading, line
 
 NET, DATA = "resnet", "fashion_mnist"
 SHARE = 0.25  # of the dense network's multiply-adds
-EPOCHS, LONGER = 6, 20  # of training after pruning; the small net from scratch has as many as the others had in all
+EPOCHS = 6  # of training after pruning; the small net from scratch has as many as the others had in all
+ALL = EPOCHS + RECIPES[NET]["epochs"]
 METHODS = ("l1_norm_filter_pruning", "network_slimming", "lasso_channel_pruning", "taylor_pruning")  # one of each way of judging a filter
 PARTS = ("validation", "test")
 CONTROLS = ("torch-pruning, magnitude", "the same small net from scratch", "the dense net")
@@ -35,22 +36,17 @@ CONTROLS = ("torch-pruning, magnitude", "the same small net from scratch", "the 
 
 def structures() -> Iterator[str]:
     """Accuracy and latency at one share of the multiply-adds, three seeds."""
-    yield from _compared((*METHODS, *CONTROLS), EPOCHS)
-    yield from _compared((METHODS[0], CONTROLS[0], CONTROLS[2]), LONGER)
-
-
-def _compared(names: tuple[str, ...], epochs: int) -> Iterator[str]:
     for seed in SEEDS:
-        for name in names:
-            run(name, seed, epochs)
-    found = runs.of([given(name, seed, epochs) for seed in SEEDS for name in names])
+        for name in (*METHODS, *CONTROLS):
+            run(name, seed)
+    found = runs.of([given(name, seed) for seed in SEEDS for name in (*METHODS, *CONTROLS)])
     yield from heading(
-        f"Residual net on Fashion-MNIST at {SHARE:.0%} of its multiply-adds, {epochs} more epochs (in all {epochs + RECIPES[NET]['epochs']} for "
-        "every network), three seeds, mean ± standard deviation",
+        f"Residual net on Fashion-MNIST at {SHARE:.0%} of its multiply-adds, {EPOCHS} more epochs (in all {ALL} for every network), three seeds, "
+        "mean ± standard deviation",
         "method", "multiply-adds left", "before training", "validation", "difference to dense, points", "test", "faster, batch 64", "faster, batch 1",
     )  # fmt: skip
     dense = found[found.method == CONTROLS[-1]].validation.mean()
-    for name in names:
+    for name in (*METHODS, *CONTROLS):
         lines = found[found.method == name]
         cells = [f"{100 * lines[k].mean():.2f} ± {100 * lines[k].std():.2f} %" for k in ("before", "validation", "test")]
         times = [_faster(name, batch) for batch in (64, 1)]
@@ -100,15 +96,14 @@ def _sparsest(seed: int) -> dict[str, Any]:
     return {"fewer": fewer, "file_bytes": length(with_plain_weights(model), plan), **{part: evaluate(model, data, part=part) for part in PARTS}}
 
 
-def run(name: str, seed: int, epochs: int = EPOCHS) -> dict[str, Any]:
+def run(name: str, seed: int) -> dict[str, Any]:
     """One network pruned, trained and judged; read if it was done before."""
-    return runs.stored(given(name, seed, epochs), partial(_run, name, seed, epochs))
+    return runs.stored(given(name, seed), partial(_run, name, seed))
 
 
-def given(name: str, seed: int, epochs: int = EPOCHS) -> dict[str, Any]:
+def given(name: str, seed: int) -> dict[str, Any]:
     """What a run's result depends on."""
-    here = {"kind": "structures", "method": name, "net": NET, "data": DATA, "seed": seed, "share": SHARE, "epochs": epochs}
-    here["all_epochs"] = epochs + RECIPES[NET]["epochs"]
+    here = {"kind": "structures", "method": name, "net": NET, "data": DATA, "seed": seed, "share": SHARE, "epochs": EPOCHS, "all_epochs": ALL}
     return {**here, **_before(NET, DATA, seed)}
 
 
@@ -117,10 +112,10 @@ def _before(net: str, data: str, seed: int) -> dict[str, Any]:
     return {"checkpoint": card(net, data, seed)["sha256"][:12], "training": {k: v for k, v in RECIPES[net].items() if k != "epochs"}}
 
 
-def _run(name: str, seed: int, epochs: int) -> dict[str, Any]:
+def _run(name: str, seed: int) -> dict[str, Any]:
     data, model = load_data(DATA), small(name, seed)
     before = evaluate(model, data)
-    fit(model, data, **{**recipe(NET, DATA), "epochs": epochs + RECIPES[NET]["epochs"] * (name == CONTROLS[1])}, seed=seed)
+    fit(model, data, **{**recipe(NET, DATA), "epochs": ALL if name == CONTROLS[1] else EPOCHS}, seed=seed)
     scores = {part: evaluate(model, data, part=part) for part in PARTS}
     one = as_input(data.validation[0][:1], model)
     left = multiply_adds(model, one) / multiply_adds(load_net(NET, DATA, seed), one)
