@@ -29,6 +29,7 @@ def line_of(seed, n, kind="normal"):
         "ties": lambda: np.round(2 * z) / 2,
         "lognormal": lambda: np.exp(3 * z),
         "cauchy": lambda: draw.standard_cauchy(n),
+        "wild": lambda: np.exp(20 * z),
         "zeros": lambda: np.where(draw.random(n) < 0.05, z, 0),
         "two": lambda: np.where(draw.random(n) < 0.5, -3 + 0.1 * z, 2 + 0.3 * z),
         "dense": lambda: np.where(draw.random(n) < 0.01, z, 1e-4 * z),
@@ -133,12 +134,12 @@ def test_near_the_optimum_and_stable(kind, k):
     assert np.array_equal(line.lloyd(found[0]), found[0]) and (np.diff(found[0]) >= 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "wild"])
 def test_where_cuts_may_lie(kind):
     """Enough for k cells, none twice, denser where levels would be."""
     for n in (600, 5000):
         line = Line(line_of(0, n, kind))
-        for k in (1, 3, 100, 256, 500):
+        for k in (1, 3, 100, 256, 500, 590):
             if len(line.values) > k:
                 places = line._places(k)
                 assert places[0] == 0 and places[-1] == len(line.values) and (np.diff(places) > 0).all()

@@ -124,7 +124,8 @@ class Line:
         for _ in range(30):  # what is too much for a run is shared out among the others
             levels = np.minimum(levels * (k / levels.sum()), most)
         ends = np.append(0, np.minimum(levels * count / k, 2 * most).cumsum())
-        return np.unique(np.interp(np.linspace(0, ends[-1], int(ends[-1]) + 1), ends, edges).round().astype(int))
+        places = np.unique(np.interp(np.linspace(0, ends[-1], int(ends[-1]) + 1), ends, edges).round().astype(int))
+        return places if len(places) > k else np.union1d(places, np.linspace(0, total, k + 1).astype(int))  # numbers of most unlike sizes
 
     def _cuts(self, centroids: np.ndarray) -> np.ndarray:
         return np.concatenate([[0], np.searchsorted(self.values, _midpoints(centroids), side="right"), [len(self.values)]])
@@ -186,7 +187,7 @@ def _lowest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def entropy(index: ArrayLike) -> float:
-    """Bits a symbol of a stream in which each symbol has the share p, H = -sum p log2 p: no code that knows only how often each occurs takes fewer."""
+    """H = -sum p log2 p, p the share of each symbol in ``index``: the bits a symbol that a code takes at least if it knows nothing but the shares."""
     _, counts = np.unique(np.asarray(index), return_counts=True)
     p = counts / counts.sum()
     return float(abs((p * np.log2(p)).sum()))

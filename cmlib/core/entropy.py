@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .storage import Arrays, pack_bits, unpack_bits
+from .storage import Arrays, need, pack_bits, unpack_bits
 
 BITS = range(1, 17)  # of a symbol
 LONGEST = 24  # bits of a Huffman code: a code and the 7 bits before it in its byte fit 32
 MANTISSAS = range(1, 9)  # bits of precision of a frequency, beside 4 bits of exponent
-CHUNK = 1 << 16  # bytes of a stream whose codes are looked up at once
+CHUNK = 1 << 13  # symbols that are coded, or bytes that are looked up, at once
 
 
 def encode(symbols: ArrayLike, bits: int, coder: str) -> tuple[Arrays, dict[str, int]]:
@@ -56,35 +56,35 @@ def decode(arrays: Arrays, meta: dict[str, int], bits: int, count: int, coder: s
     _check_bits(bits)
     _check_kinds(arrays, meta)
     used, width, stream = meta["used"], meta["width"], arrays["stream"]
-    _need(min(count, 1) <= used <= min(count, 1 << bits), f"{used} symbols are said to occur among {count} of {bits} bits")
+    need(min(count, 1) <= used <= min(count, 1 << bits), f"{used} symbols are said to occur among {count} of {bits} bits")
     chosen = _coder(coder, used)
-    _need(width in chosen.widths, f"levels of {width} bits are not used by this coder")
-    _need(len(arrays["model"]) == _bytes(used * width), "the model has not the bytes that its levels need")
-    _need(len(stream) <= _bytes(count * LONGEST) + 8, "the stream is longer than its symbols can be")
+    need(width in chosen.widths, f"levels of {width} bits are not used by this coder")
+    need(len(arrays["model"]) == _bytes(used * width), "the model has not the bytes that its levels need")
+    need(len(stream) <= _bytes(count * LONGEST) + 8, "the stream is longer than its symbols can be")
     alphabet = _read_alphabet(arrays["alphabet"], used, bits)
     symbols = alphabet[chosen.decode(stream, unpack_bits(arrays["model"], width, used), width, count)]
-    _need(_check(symbols) == meta["crc32"], "the stream decodes to other symbols than were coded: it was altered")
+    need(_check(symbols) == meta["crc32"], "the stream decodes to other symbols than were coded: it was altered")
     return symbols
 
 
 def _check_kinds(arrays: Arrays, meta: dict[str, int]) -> None:
     for name in ("alphabet", "model", "stream"):
         array = arrays.get(name)
-        _need(isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 1, f"the array {name!r} of bytes is missing")
+        need(isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 1, f"the array {name!r} of bytes is missing")
     for name in ("used", "width", "crc32"):
-        _need(type(meta.get(name)) is int, f"the whole number {name!r} is missing")
+        need(type(meta.get(name)) is int, f"the whole number {name!r} is missing")
 
 
 def _checked(symbols: ArrayLike, bits: int) -> np.ndarray:
     _check_bits(bits)
     symbols = np.asarray(symbols).ravel()
-    _need(symbols.dtype.kind in "iu" or not len(symbols), f"symbols of type {symbols.dtype}; whole numbers are coded")
-    _need(not len(symbols) or (symbols.min() >= 0 and symbols.max() < 1 << bits), f"symbols must lie in 0 ... {(1 << bits) - 1} for bits={bits}")
+    need(symbols.dtype.kind in "iu" or not len(symbols), f"symbols of type {symbols.dtype}; whole numbers are coded")
+    need(not len(symbols) or (symbols.min() >= 0 and symbols.max() < 1 << bits), f"symbols must lie in 0 ... {(1 << bits) - 1} for bits={bits}")
     return symbols.astype(np.int64)
 
 
 def _check_bits(bits: int) -> None:
-    _need(isinstance(bits, int) and bits in BITS, f"bits={bits!r} is not allowed; symbols have 1 to 16")
+    need(isinstance(bits, int) and bits in BITS, f"bits={bits!r} is not allowed; symbols have 1 to 16")
 
 
 def _check(symbols: np.ndarray) -> int:
@@ -107,10 +107,10 @@ def _alphabet_bytes(used: int, bits: int) -> int:
 
 
 def _read_alphabet(array: np.ndarray, used: int, bits: int) -> np.ndarray:
-    _need(len(array) == _alphabet_bytes(used, bits), "the alphabet has not the bytes that its symbols need")
+    need(len(array) == _alphabet_bytes(used, bits), "the alphabet has not the bytes that its symbols need")
     listed = _is_listed(used, bits)
     alphabet = unpack_bits(array, bits, used) if listed else np.flatnonzero(np.unpackbits(array, count=1 << bits))
-    _need(len(alphabet) == used and (np.diff(alphabet) > 0).all(), "the alphabet does not name as many symbols, rising, as are said to occur")
+    need(len(alphabet) == used and (np.diff(alphabet) > 0).all(), "the alphabet does not name as many symbols, rising, as are said to occur")
     return alphabet
 
 
@@ -118,11 +118,13 @@ def _read_alphabet(array: np.ndarray, used: int, bits: int) -> np.ndarray:
 
 
 def code_lengths(counts: ArrayLike, longest: int = LONGEST) -> np.ndarray:
-    """The length in bits of each symbol's Huffman code, for counts >= 1 of two symbols or more: the least total that whole bits allow.
+    """The length in bits of each symbol's Huffman code, from how often each occurs: the least total that whole bits allow.
 
-    Where a code would be longer than ``longest`` the counts are halved, which flattens them, until none is; what that costs is nearly nothing.
+    Where a code would be longer than ``longest`` the counts are halved, which flattens them, until none is: that costs little. ValueError where
+    ``longest`` bits do not tell so many symbols apart.
     """
     counts = np.asarray(counts, np.int64)
+    need(len(counts) <= 1 << longest, f"{len(counts)} symbols need codes of more than {longest} bits")
     lengths = _depths(counts)
     while lengths.max() > longest:
         counts = (counts + 1) // 2
@@ -154,7 +156,7 @@ def canonical(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     order = np.argsort(lengths, kind="stable")
     ends = np.cumsum(1 << (LONGEST - lengths[order]))
-    _need(ends[-1] == 1 << LONGEST, "the code lengths do not belong to a complete prefix code")
+    need(ends[-1] == 1 << LONGEST, "the code lengths do not belong to a complete prefix code")
     return order, np.append(0, ends[:-1]).astype(np.uint32)
 
 
@@ -167,18 +169,24 @@ def _huffman_encode(ranks: np.ndarray, lengths: np.ndarray, width: int) -> np.nd
     order, starts = canonical(lengths)
     codes = np.empty_like(starts)
     codes[order] = starts
-    ends = np.cumsum(lengths[ranks])
-    place = np.arange(ends[-1]) - np.repeat(ends - lengths[ranks], lengths[ranks])  # of each bit in its code
-    return np.packbits((np.repeat(codes[ranks], lengths[ranks]) >> (LONGEST - 1 - place)) & 1 == 1)
+    parts = np.array_split(ranks, len(ranks) // CHUNK + 1)
+    return np.packbits(np.concatenate([_bits(codes[part], lengths[part]) for part in parts]))
+
+
+def _bits(codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The codes' bits one after another."""
+    ends = np.cumsum(lengths)
+    place = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)  # of each bit in its code
+    return (np.repeat(codes, lengths) >> (LONGEST - 1 - place)) & 1 == 1
 
 
 def _huffman_decode(stream: np.ndarray, lengths: np.ndarray, width: int, count: int) -> np.ndarray:
-    _need(lengths.min() >= 1 and lengths.max() <= LONGEST, f"code lengths outside 1 ... {LONGEST}")
+    need(lengths.min() >= 1 and lengths.max() <= LONGEST, f"code lengths outside 1 ... {LONGEST}")
     order, starts = canonical(lengths)
     short, first = np.unique(lengths[order], return_index=True)  # a code is as long as those from the first of its length to that of the next
     steps = b"".join(_steps(stream, starts[first], short.astype(np.uint8)))
     places = np.fromiter(_walk(steps + bytes(LONGEST), count), np.int64, count + 1)
-    _need(places[-2] < places[-1] <= len(steps) < places[-1] + 8, "the stream ends too early or too late")
+    need(places[-2] < places[-1] <= len(steps) < places[-1] + 8, "the stream ends too early or too late")
     places, words = places[:-1], _windows(stream)
     return order[np.searchsorted(starts, (words[places >> 3] << (places & 7).astype(np.uint32)) >> 8, side="right") - 1]
 
@@ -204,10 +212,6 @@ def _walk(steps: bytes, count: int) -> Iterator[int]:
         yield place
         place += steps[place]
     yield place
-
-
-def _huffman_nbytes(ranks: np.ndarray, counts: np.ndarray, lengths: np.ndarray, width: int) -> int:
-    return _bytes(int(counts @ lengths))
 
 
 # ANS
@@ -255,8 +259,8 @@ def _ans_encode(ranks: np.ndarray, levels: np.ndarray, width: int) -> np.ndarray
 def _ans_decode(stream: np.ndarray, levels: np.ndarray, width: int, count: int) -> np.ndarray:
     import constriction
 
-    _need(levels.min() >= 1, "the model gives a symbol that occurs no frequency")
-    _need(len(stream) % 4 == 0, "the stream is not made of whole words of 32 bits")
+    need(levels.min() >= 1, "the model gives a symbol that occurs no frequency")
+    need(len(stream) % 4 == 0, "the stream is not made of whole words of 32 bits")
     try:
         coder = constriction.stream.stack.AnsCoder(np.frombuffer(stream.tobytes(), "<u4").astype(np.uint32))
         ranks = coder.decode(_categorical(levels, width), count)
@@ -264,12 +268,8 @@ def _ans_decode(stream: np.ndarray, levels: np.ndarray, width: int, count: int) 
         raise
     except BaseException as error:  # a panic of the library is no Exception
         raise ValueError(f"the stream cannot be decoded: {error}") from error
-    _need(coder.is_empty(), "the stream ends too early or too late")
+    need(coder.is_empty(), "the stream ends too early or too late")
     return ranks
-
-
-def _ans_nbytes(ranks: np.ndarray, counts: np.ndarray, levels: np.ndarray, width: int) -> int:
-    return len(_ans_encode(ranks, levels, width))
 
 
 @dataclass(frozen=True)
@@ -280,31 +280,26 @@ class Coder:
     model: Callable[[np.ndarray], tuple[np.ndarray, int]]  # counts -> levels, width
     encode: Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # ranks, levels, width -> bytes
     decode: Callable[[np.ndarray, np.ndarray, int, int], np.ndarray]  # bytes, levels, width, count -> ranks
-    nbytes: Callable[[np.ndarray, np.ndarray, np.ndarray, int], int]  # ranks, counts, levels, width -> of encode's bytes
+    nbytes: Callable[[np.ndarray, np.ndarray, np.ndarray, int], int]  # ranks, counts, levels, width -> of what encode would give
 
 
 def _silent(stream: np.ndarray, levels: np.ndarray, width: int, count: int) -> np.ndarray:
-    _need(len(stream) == 0, "a stream where one symbol at most occurs")
+    need(len(stream) == 0, "a stream where one symbol at most occurs")
     return np.zeros(count, np.int64)
 
 
 CODERS = {
-    "huffman": Coder(range(1, 6), _huffman_model, _huffman_encode, _huffman_decode, _huffman_nbytes),
-    "ans": Coder(range(5, 13), _ans_model, _ans_encode, _ans_decode, _ans_nbytes),
+    "huffman": Coder(range(1, 6), _huffman_model, _huffman_encode, _huffman_decode, lambda _, counts, lengths, __: _bytes(int(counts @ lengths))),
+    "ans": Coder(range(5, 13), _ans_model, _ans_encode, _ans_decode, lambda ranks, _, levels, width: len(_ans_encode(ranks, levels, width))),
 }
 SILENT = Coder(range(1), lambda counts: (np.zeros_like(counts), 0), lambda *_: np.zeros(0, np.uint8), _silent, lambda *_: 0)
 
 
 def _coder(name: str, used: int) -> Coder:
     """The coder of that name, or where one symbol at most occurs the one that has nothing to tell."""
-    _need(name in list(CODERS), f"coder={name!r} is not known; allowed are {', '.join(CODERS)}")
+    need(name in list(CODERS), f"coder={name!r} is not known; allowed are {', '.join(CODERS)}")
     return CODERS[name] if used > 1 else SILENT
 
 
 def _bytes(bits: int) -> int:
     return -(-bits // 8)
-
-
-def _need(holds: bool, problem: str) -> None:
-    if not holds:
-        raise ValueError(problem)
