@@ -139,7 +139,7 @@ def signed(model: nn.Module) -> nn.Module:
     that is no chain.
     """
     if not isinstance(model, nn.Sequential) or any(list(m.children()) for m in model):
-        raise ValueError(f"signed() takes a chain of single layers (nn.Sequential), whose ReLUs it can see; got {type(model).__name__} with blocks inside")
+        raise ValueError(f"signed() takes a chain of single layers (nn.Sequential), whose ReLUs it can see; got {type(model).__name__} of blocks")
     layers, parts = list(weighted(model)), {}
     for name, m in deepcopy(model).named_children():
         if name in layers[1:]:

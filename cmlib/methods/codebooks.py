@@ -131,8 +131,7 @@ def hessian_weighted_kmeans(
     behind them (survey 001, 2.2.3 [72]). The levels then learn. Each layer has its own levels; in the paper all layers share one set.
     """
     if state is None:
-        h = hess_diag.clamp(min=0) if hessian_source == "exact_diag" else torch.ones_like(w)
-        h = h / h.mean() if h.any() else torch.ones_like(w)
+        h = hess_diag.clamp(min=0) if hessian_source == "exact_diag" and (hess_diag > 0).any() else torch.ones_like(w)
         levels, index = WEIGHTED[scheme](w.detach(), h, k, lambda_entropy)
         state = learned([(levels.to(w), index)])
     return looked_up(w, state)
@@ -173,7 +172,7 @@ def followed(x: Tensor, bits: int, off: int, passes: int, old: Tensor | None, ke
 Passes = Annotated[int, Span(1, 20, integer=True)]
 
 
-def _lq_inputs(x, training=False, *, a_bits: WideBits = 2, qem_iterations: Passes = 1, moving_average: Average = 0.9, state: State | None = None):
+def _lq_inputs(x, *, a_bits: WideBits = 2, qem_iterations: Passes = 1, moving_average: Average = 0.9, state: State | None = None):
     if a_bits > FEW:
         return None
     v = followed(x.reshape(1, -1), a_bits, 0, qem_iterations, state and state["v"], moving_average)

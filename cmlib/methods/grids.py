@@ -118,13 +118,13 @@ SLOPES: dict[str, Callable[[Tensor, float, float], Tensor]] = {f.__name__: f for
 
 
 def _half_wave(
-    x, training=False, *, a_bits: WideBits = 2, levels: Annotated[str, Pick("uniform", "lloyd")] = "uniform",
+    x, *, a_bits: WideBits = 2, levels: Annotated[str, Pick("uniform", "lloyd")] = "uniform",
     backward: Annotated[str, Pick(*SLOPES)] = "clipped_relu", state: State | None = None,
 ):  # fmt: skip
     if a_bits > FEW:
         return None
     power = x.clamp(min=0).square().sum() / (x > 0).sum().clamp(min=1)  # of the half wave, whose negative half is not there
-    power = 0.99 * state["power"] + 0.01 * power if state else power
+    power = (state["power"] + power) / 2 if state else power
     unit = power.sqrt() if power > 0 else torch.ones_like(power)
     q = x.new_tensor(half_gaussian((1 << a_bits) - 1, free=levels == "lloyd")) * unit
     thresholds = torch.cat([q.new_full((1,), torch.finfo(q.dtype).tiny), (q[1:] + q[:-1]) / 2])  # all that is above 0 is at least q_1
@@ -139,8 +139,8 @@ def hwgq(w, *, binarize_weights: Switch = "on"):
     Inputs become 0 where they are not above it, else one of 2^a_bits - 1 levels, the best for the positive half of a normal variable, ``uniform``
     or ``lloyd``; weights mean|w| sign(w), as in binary-weight networks (survey 001, 2.2.5 [88]). Backward, the levels count as a ReLU
     (``vanilla_relu``), one with slope 0 above the highest level (``clipped_relu``), or with a slope that falls there as 1 / x (``log_tailed``). The
-    levels are those of N(0, 1), fixed; the unit that they are in is the inputs' own root mean square above 0 (in training a moving average), since
-    not every layer here has a batch norm before it. Inputs of more than 8 bits are left as they are.
+    levels are those of N(0, 1), fixed; the unit that they are in is the inputs' own root mean square above 0 (in training averaged over the last few
+    batches), since not every layer here has a batch norm before it. Inputs of more than 8 bits are left as they are.
     """
     if binarize_weights == "off":
         return Masked(w, torch.ones_like(w, dtype=torch.bool), "dense")
@@ -201,7 +201,7 @@ def affine(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round()
 
 
-def _ranges(x, training=False, *, a_bits: WideBits = 8, ema_decay: Average = 0.99, state: State | None = None):
+def _ranges(x, *, a_bits: WideBits = 8, ema_decay: Average = 0.99, state: State | None = None):
     if a_bits > MANY:
         return None
     low, high = x.aminmax()

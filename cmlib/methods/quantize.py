@@ -84,7 +84,7 @@ def _bnn_inputs(*, ste_clip: Clip = 1.0):
     return input_signs(inside(-ste_clip, ste_clip))
 
 
-@quantizer("Courbariaux, Hubara, Soudry, El-Yaniv & Bengio 2016, Binarized neural networks: training with weights and activations constrained to +1 or -1",
+@quantizer("Courbariaux, Hubara, Soudry, El-Yaniv & Bengio 2016, Binarized neural networks: weights and activations constrained to +1 or -1",
            chapter="04", training=Training(project=lambda w: w.clamp(-1, 1)), acts=_bnn_inputs)  # fmt: skip
 def bnn(w):
     """Binarized neural network (BNN).
