@@ -488,9 +488,9 @@ def test_the_path_as_csv():
     panel.move(scope="network")
     rows = list(csv.DictReader(io.StringIO(panel.path_csv())))
     assert [float(r["keep"]) for r in rows] == [0.5, 0.1, 0.1] and [r["scope"] for r in rows][-1] == "network"
-    figures = [(int(r["weights_kept"]), int(r["file_bytes"]), float(r["accuracy"])) for r in rows]
-    assert figures == [(s.kept, s.file_bytes, s.accuracy) for s in panel.path]
-    assert list(rows[0]) == [*panel.method.knobs, "epochs", "weights_kept", "file_bytes", "accuracy"]
+    figures = [(int(r["weights_kept"]), float(r["weight_bits"]), int(r["file_bytes"]), float(r["accuracy"])) for r in rows]
+    assert figures == [(s.kept, s.weight_bits, s.file_bytes, s.accuracy) for s in panel.path]
+    assert list(rows[0]) == [*panel.method.knobs, "epochs", "weights_kept", "weight_bits", "activation_bits", "file_bytes", "accuracy"]
 
 
 LINES = [

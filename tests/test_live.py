@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cmlib.core.inputs import as_input, stratified
+from cmlib.core.sites import Affine, Steps, site_of
 from cmlib.lab.data import load_data
 from cmlib.lab.train import evaluate
 from cmlib.lab.verbs import compress, plan
@@ -216,6 +217,53 @@ def test_left_in_the_middle_the_model_is_as_it_was(lenet, lenet_live):
     asked.close()
     assert all(p is before[n] for n, p in lenet_live.model.named_parameters())
     assert lenet_live.accuracy({}) == lenet_live.accuracy()
+
+
+# Rounded inputs
+
+COARSE = Affine(torch.tensor(0.5), torch.tensor(0.0), 4)
+SIGNS = Steps(torch.zeros(1), torch.tensor([-1.0, 1.0]), spread=True)
+
+
+@pytest.mark.parametrize("given", [COARSE, SIGNS], ids=["affine", "signs with K"])
+@pytest.mark.parametrize("name", ["conv2", "fc"])
+def test_accuracy_with_rounded_inputs(digits, cnn_live, given, name):
+    model = load_net("cnn", "digits")
+    layer = model.get_submodule(name)
+    layer.register_forward_pre_hook(lambda m, x: (given.rounded(x[0]),))
+    if given.spread:
+        seen = []
+        layer.register_forward_pre_hook(lambda m, x: seen.append(x[0]), prepend=True)
+        layer.register_forward_hook(lambda m, x, out: out * spread(m, seen.pop()))
+    with torch.no_grad():
+        answers = model(as_input(digits.validation[0])).argmax(1)
+    assert torch.equal(cnn_live.answers({}, {name: given}), answers[cnn_live.order])
+    *_, (last, found) = cnn_live.estimates({}, {name: given})
+    assert last.exact and torch.equal(found, answers[cnn_live.order])
+
+
+def spread(layer, x):
+    """The mean of |x| over what each output sees, by a convolution with equal weights."""
+    if isinstance(layer, nn.Linear):
+        return x.abs().mean(1, keepdim=True)
+    ones = torch.full_like(layer.weight[:1], 1 / layer.weight[0].numel())
+    return nn.functional.conv2d(x.abs(), ones, None, layer.stride, layer.padding)
+
+
+def test_a_rounded_input_alone_keeps_what_lies_before_it(cnn_live):
+    tail, starts = cnn_live.tail({}, {"fc": COARSE})
+    assert starts is cnn_live.starts[8] and len(tail) == len(cnn_live.model) - 8
+    first, earlier = cnn_live.tail({"fc.weight": cnn_live.model.fc.weight}, {"conv2": COARSE})
+    assert earlier is cnn_live.starts[3] and len(first) == len(cnn_live.model) - 3
+
+
+def test_rounding_ends_with_the_answer_also_when_nobody_waits_for_the_rest(cnn_live):
+    asked = cnn_live.batches({}, {"conv2": COARSE, "fc": SIGNS})
+    next(asked)
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in cnn_live.model.modules()]
+    assert all(site_of(m) is None for m in cnn_live.model.modules()) and not any(hooks) and not cnn_live.lock.locked()
+    asked.close()
+    assert cnn_live.accuracy({}) == cnn_live.accuracy()
 
 
 # Networks of the user's own

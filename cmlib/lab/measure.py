@@ -27,8 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..core.apply import plan_of, weighted, with_plain_weights
+from ..core.codes import Codes, SparseCodes, Sum
 from ..core.inputs import device_of, pair_of
 from ..core.packed import Masked, Packed
+from ..core.wrapped import Around
 from . import files
 from .cost import milliseconds, multiply_adds
 from .row import Layer, Row
@@ -94,11 +96,12 @@ def _stored(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
     whole = any(p.vectors for p in plan.values()) or all(p.dim() > 1 for p in plain.parameters())
     layers = tuple(_layer(n, m.weight, plan.get(n), whole) for n, m in weighted(plain).items())
     counted = [layer for layer in layers if layer.format] or layers
+    float_bytes = next((p.element_size() for p in plain.parameters()), 4)
     return {
         "mode": "simulated" if plan else "baked",
         "parameters": sum(p.numel() for p in plain.parameters()) - sum(layer.weights - layer.kept for layer in layers),
         "weight_bits": 8 * sum(layer.bytes for layer in counted) / max(1, sum(layer.weights for layer in counted)),
-        "activation_bits": 8 * next((p.element_size() for p in plain.parameters()), 4),
+        "activation_bits": max((layer.input_bits for layer in layers if layer.input_bits), default=8 * float_bytes),
         "file_bytes": held["file"], "header_bytes": held["header"], "array_bytes": held["arrays"], "index_bytes": held["indices"],
         "load_ms": load_ms, "layers": layers, "device": _name(device_of(model)), "torch_version": torch.__version__,
     }  # fmt: skip
@@ -117,14 +120,45 @@ def _load_ms(path: Path, plain: nn.Module) -> float:
 def _layer(name: str, weight: Tensor, packed: Packed | None, whole: bool) -> Layer:
     if packed is None:
         return Layer(name, weight.numel(), weight.numel(), weight.nbytes)
-    held = packed.bits() // 8
-    if not isinstance(packed, Masked):
-        return Layer(name, weight.numel(), weight.numel(), held, type(packed).__name__.lower(), None, held)
-    sizes = packed.sizes()
+    cost, rows = costs(packed), packed.rows
+    held = sum(cost.values())
+    sizes = packed.sizes() if isinstance(packed, Masked) else {packed.format(): held}
     smallest = min(sizes, key=sizes.__getitem__)
-    return Layer(
-        name, weight.numel(), packed.kept, held, packed.format(), smallest, sizes[smallest], len(packed.rows), int((~packed.rows).sum()), whole
-    )
+    counts = {"levels": max((c.count for c in codes_in(packed)), default=0), "table_bytes": cost["tables"], "input_bits": input_bits(packed)}
+    return Layer(name, weight.numel(), packed.kept, held, packed.format(), smallest, sizes[smallest], len(rows), int((~rows).sum()), whole, **counts)
+
+
+def costs(packed: Packed) -> dict[str, int]:
+    """The bytes of a packed value by what they say.
+
+    ``values`` (floats, or codes), ``tables`` (what the codes' levels are made of: scales, codebooks), ``places`` (which weights stay) and
+    ``inputs`` (what the layer's inputs are rounded to).
+    """
+    plain, streams = packed.parts()
+    sizes = {n: a.nbytes for n, a in plain.items()} | {n: -(-len(numbers) * k // 8) for n, (numbers, k) in streams.items()}
+    found = dict.fromkeys(("values", "tables", "places", "inputs"), 0)
+    for name, size in sizes.items():
+        words = set(name.split("."))
+        found["places" if words & files.PLACES else "tables" if "params" in words else "inputs" if "input" in words else "values"] += size
+    return found
+
+
+def bare(packed: Packed) -> Packed:
+    """What stands for the weight, without what is put around it."""
+    return bare(packed.inner) if isinstance(packed, Around) else packed
+
+
+def codes_in(packed: Packed) -> list[Codes]:
+    """The codes that a packed value is made of, in order; none where its weights are floats."""
+    packed = bare(packed)
+    parts = packed.terms if isinstance(packed, Sum) else (packed.codes,) if isinstance(packed, SparseCodes) else (packed,)
+    return [p for p in parts if isinstance(p, Codes)]
+
+
+def input_bits(packed: Packed) -> int | None:
+    """Bits of the codes that a layer's inputs are rounded to; None where they are not."""
+    given = getattr(packed, "input", None)
+    return None if given is None else (given.count - 1).bit_length()
 
 
 def _name(device: torch.device) -> str:

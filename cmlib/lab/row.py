@@ -23,7 +23,8 @@ class Layer:
     """One convolution's or dense layer's weight: how many numbers, how many stay, its bytes in the file, and in which storage format.
 
     ``format`` is None where the layer is not compressed; ``smallest`` is the format that would take the fewest bytes. ``gone`` of
-    ``units`` filters (rows) are masked; ``whole`` says whether all that belongs to them is too.
+    ``units`` filters (rows) are masked; ``whole`` says whether all that belongs to them is too. ``levels``: how many values a code can stand for
+    (0 for floats), ``table_bytes`` of its bytes say which these are; ``input_bits``: of the codes that its inputs are rounded to, if they are.
     """
 
     name: str
@@ -36,6 +37,9 @@ class Layer:
     units: int = 0
     gone: int = 0
     whole: bool = False
+    levels: int = 0
+    table_bytes: int = 0
+    input_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Row:
 
     ``mode``            simulated (masks on dense tensors) or baked (plain weights, as small as they are).
     ``parameters``      numbers that no mask removes, biases and batch norm included.
-    ``weight_bits``     mean bits that a covered weight costs as stored, index included.
+    ``weight_bits``     mean bits that a covered weight costs as stored, indices, scales and codebooks included.
+    ``activation_bits`` most bits of a rounded input; those of a float where none is rounded.
     ``file_bytes``      of a file really written: ``header_bytes`` + ``array_bytes``; ``index_bytes`` of these say where weights lie.
     ``load_ms``         median time to load that file, from the disk cache.
     ``accuracy``        in [0, 1], on ``images`` images.
@@ -111,6 +116,11 @@ class Row:
     def collapsed(self) -> tuple[str, ...]:
         """Layers with no weight left."""
         return tuple(layer.name for layer in self.layers if layer.kept == 0)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether some layer's inputs are rounded."""
+        return any(layer.input_bits for layer in self.layers)
 
     @property
     def compressed(self) -> tuple[Layer, ...]:
@@ -257,15 +267,41 @@ def _masked_filters(row: Row) -> Iterator[str]:
             yield f"Filters are masked where they stand ({which}): {mend}."
 
 
+def _tables(row: Row) -> Iterator[str]:
+    dense = {layer.name: layer.bytes for layer in row.dense.layers} if row.dense else {}
+    for layer in row.compressed:
+        if layer.levels and layer.bytes >= dense.get(layer.name, math.inf):
+            yield f"{layer.name}: its codes and levels take {layer.bytes:,} bytes, more than the {dense[layer.name]:,} of its weights as they were."
+    tables, held = sum(layer.table_bytes for layer in row.compressed), sum(layer.bytes for layer in row.compressed)
+    if tables > 0.02 * held:
+        yield f"What the codes stand for (scales, codebooks) takes {tables:,} bytes, {tables / held:.1%} of the covered layers."
+
+
+def _inputs(row: Row) -> Iterator[str]:
+    rounded = [layer for layer in row.layers if layer.input_bits]
+    if rounded:
+        found = ", ".join(f"{layer.name} {layer.input_bits} bits" for layer in rounded)
+        left = ", ".join(layer.name for layer in row.layers if not layer.input_bits) or "no layer"
+        yield f"Rounded inputs: {found}; as they were: {left}. The file holds no activations: it does not shrink by these, and rounding takes time."
+
+
 def _same_work(row: Row) -> Iterator[str]:
-    if all(layer.kept == layer.weights for layer in row.compressed):
+    pruned, coded = any(layer.kept < layer.weights for layer in row.compressed), any(layer.levels for layer in row.compressed)
+    if not (pruned or coded):
         return
     if row.dense is not None and row.multiply_adds and row.multiply_adds == row.dense.multiply_adds:
-        yield f"Multiply-adds stay at {row.multiply_adds:,}: the zeros sit in dense matrices, and a dense kernel multiplies by them too."
+        if pruned:
+            yield f"Multiply-adds stay at {row.multiply_adds:,}: the zeros sit in dense matrices, and a dense kernel multiplies by them too."
+        if coded:
+            yield f"Multiply-adds stay at {row.multiply_adds:,}: each code is unpacked to a float32 number, and multiplied as such."
     if row.latency_ratio is not None:
         noise = "noise" if 1 / SAME < row.latency_ratio < SAME else "to be measured again, with more rounds, before anyone believes it"
-        yield f"The same dense kernels run on the same shapes: a latency ratio of {row.latency_ratio:.2f} is {noise}."
-        yield "A sparse kernel wins only where few enough weights stay; sparse_crossover() measures where that is on this machine."
+        if not row.rounds_inputs:
+            yield f"The same dense kernels run on the same shapes: a latency ratio of {row.latency_ratio:.2f} is {noise}."
+        if pruned:
+            yield "A sparse kernel wins only where few enough weights stay; sparse_crossover() measures where that is on this machine."
+        if coded:
+            yield "Whole numbers are multiplied where the network is rewritten for them: integer_network(), and int8 in ONNX Runtime."
     if row.peak_memory_bytes is not None:
         yield "Peak memory does not fall with the file: in memory each weight is unpacked to a dense tensor."
 
@@ -285,7 +321,8 @@ def _forgets(row: Row) -> Iterator[str]:
             )
 
 
-_REASONS = (_not_compressed, _collapse, _wrong_storage, _uncovered, _indices, _header, _decoded, _masked_filters, _same_work, _forgets)
+_REASONS = (_not_compressed, _collapse, _wrong_storage, _uncovered, _indices, _tables, _header, _decoded, _inputs, _masked_filters, _same_work,
+            _forgets)  # fmt: skip
 
 
 _COLUMNS = {

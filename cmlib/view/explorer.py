@@ -8,6 +8,7 @@ exact figure waits for the hand to rest, so that the next picture finds the core
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import os
 import sys
@@ -23,8 +24,9 @@ import torch
 import traitlets
 from torch import nn
 
+from ..core.codes import Codes
 from ..core.knobs import Span
-from ..core.method import Method, score
+from ..core.method import Method, quantizer, score
 from ..lab.child import Child
 from ..lab.data import Data, load_data
 from ..lab.files import load
@@ -62,14 +64,16 @@ WORKER = ThreadPoolExecutor(1, "cmlib-measuring", _humbly)  # one measurement at
 def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", data: Data | str | Any = "mnist", **settings: Any) -> Explorer:
     """A panel in which ``method`` (a key of the catalogue, a method, or any function with annotated knobs) acts on a trained network.
 
-    ``net`` and ``data`` are names of the kit's, or a module and a pair (images, labels) or data set of your own. ``where`` names the covered
-    layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells the accuracy there; other keywords are
-    starting values of knobs.
+    A function gives scores, or where it is annotated to return ``Codes``, those. ``net`` and ``data`` are names of the kit's, or a module and a pair
+    (images, labels) or data set of your own. ``where`` names the covered layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a
+    guess before it tells the accuracy there. ``published`` are points {label, bytes, accuracy} beside the path; ``stored`` are runs trained once,
+    {knobs, epochs, bytes, accuracy}, shown as such. Other keywords are starting values of knobs.
     """
     if isinstance(net, str) and not isinstance(data, (str, Data)):
         raise ValueError(f"net={net!r} names a network of the kit, whose data must be named too; with data of your own, pass a module")
     if callable(method) and not isinstance(method, Method):
-        method = score(OWN, chapter="-")(method)
+        kind = quantizer if inspect.signature(method).return_annotation in (Codes, Codes.__name__) else score
+        method = kind(OWN, chapter="-")(method)
     data = load_data(data) if isinstance(data, str) else data
     if isinstance(net, str):
         net = load_net(net, data.name)
@@ -91,9 +95,9 @@ class Explorer(Walk, anywidget.AnyWidget):
     _guess: asyncio.Task | None = None
 
     def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None,
-                 predict: dict[str, Any] | None = None, published: Sequence[dict[str, Any]] = (),
+                 predict: dict[str, Any] | None = None, published: Sequence[dict[str, Any]] = (), stored: Sequence[dict[str, Any]] = (),
                  part: str = "validation", title: str | None = None, **knobs: Any) -> None:  # fmt: skip
-        self.predict, self.published = predict, list(published)
+        self.predict, self.published, self.stored = predict, list(published), list(stored)
         method.bind(predict or {})
         self.pins: list[State] = []
         self.guesses: list[dict[str, Any]] = []
@@ -111,7 +115,7 @@ class Explorer(Walk, anywidget.AnyWidget):
             "layer": {"choices": list(self.planner.layers), "value": self.layer, "label": "pictured layer"},
             "seed": {"choices": list(SEEDS), "value": source["seed"]} if source else None,
             "dense": {"accuracy": self.live.accuracy(), "bytes": self.dense.file_bytes},
-            "published": self.published, "line": self.line(),
+            "published": self.published, "stored": self.stored, "line": self.line(),
             "walked": [words.point(s) for s in self.path],
             "predict": self._question() if self.predict else None,
             "train": {"label": "retrain", "title": "train what is left, in its own process", "epochs": EPOCHS} if self.retrainable else None,
@@ -120,6 +124,11 @@ class Explorer(Walk, anywidget.AnyWidget):
     def _question(self) -> dict[str, Any]:
         at = ", ".join(f"{k} = {v}" for k, v in self.predict.items())
         return {"question": f"What accuracy will be left at {at}?", "at": self.predict}
+
+    def notes(self, state: State) -> list[dict[str, str]]:
+        """What the figures mean, and what was stored of these knobs."""
+        here = [run for run in self.stored if run["knobs"].items() <= state.knobs.items()]
+        return [*map(words.stored_note, here), *super().notes(state)]
 
     # the conversation with the browser --------------------------------------------------------------------------
 
@@ -217,7 +226,7 @@ class Explorer(Walk, anywidget.AnyWidget):
     async def _count(self, seq: int, state: State, hurried: bool) -> None:
         """All images, a batch at a time; an estimate is sent where its interval has narrowed by a third; if ``hurried``, one will do till rest."""
         shown = 1.0
-        async for step in self._slices(self.live.estimates(state.weights)):
+        async for step in self._slices(self.live.estimates(state.weights, state.inputs)):
             estimate, answers = step
             if estimate and not estimate.exact and estimate.half < 0.7 * shown:
                 state.estimate, shown = estimate, estimate.half
@@ -256,7 +265,7 @@ class Explorer(Walk, anywidget.AnyWidget):
         self._guess = self._begin(self._reveal, message["value"], self.look(at))
 
     async def _reveal(self, guess: float, state: State) -> None:
-        answers = torch.cat([part async for part in self._slices(self.live.batches(state.weights))])
+        answers = torch.cat([part async for part in self._slices(self.live.batches(state.weights, state.inputs))])
         actual = (answers == self.live.labels).double().mean().item()
         self.guesses.append({"at": state.knobs, "guess": guess, "actual": actual})
         off = 100 * (guess - actual)
@@ -310,7 +319,7 @@ class Explorer(Walk, anywidget.AnyWidget):
         found = await self._beside(self._fetch, child, state)
         self.path.append(found.step())
         before = "not measured" if state.accuracy is None else words.pct(state.accuracy)
-        text = f"retrained, {words.epochs(found)}: {words.pct(found.accuracy)} (before: {before})"
+        text = f"retrained, {words.epochs(found.epochs)}: {words.pct(found.accuracy)} (before: {before})"
         self.send({"type": "train", "state": "done", "epoch": 1, "epochs": 1, "text": text, "point": words.point(found)})
         if self.state.untrained is state:  # the hand has not moved on
             self.state = found

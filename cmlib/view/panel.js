@@ -231,31 +231,61 @@ function makePixels(attributes = {}) {
 // --------------------------------------------------------------------- cards
 // Each maker returns {node, update(card, buffers)}; a card that keeps its kind keeps its nodes.
 
+/** The ends of an axis and, where there is room between them, its zero. */
+const makeEnds = () => h("div", { class: "pnl-ends", "aria-hidden": true }, h("span"), h("span"), h("span"));
+function showEnds({ children: [left, zero, right] }, lo, hi) {
+  const at = (-100 * lo) / (hi - lo);
+  write(left, short(lo)); write(right, short(hi)); write(zero, at > 25 && at < 75 ? "0" : "");
+  zero.style.left = `${at}%`;
+}
+
 function histogramCard() {
   const grey = s("path", { fill: "#c3ccd6" }), blue = s("path", { fill: INK.blue }), axis = s("path", { stroke: INK.grey, "vector-effect": "non-scaling-stroke" });
   const cuts = s("path", { stroke: INK.vermillion, "stroke-width": 2, "vector-effect": "non-scaling-stroke" });
-  const svg = s("svg", { preserveAspectRatio: "none", role: "img" }, grey, blue, axis, cuts);
-  const label = h("div", { class: "pnl-cut" }), [left, zero, right] = ["", "", ""].map(() => h("span"));
-  const caption = h("figcaption");
-  const node = h("figure", { class: "pnl-card pnl-histogram" }, h("div", { class: "pnl-cut-rail" }, label), svg,
-    h("div", { class: "pnl-ends", "aria-hidden": true }, left, zero, right), caption);
+  const sticks = s("path", { stroke: INK.blue, "vector-effect": "non-scaling-stroke" });
+  const svg = s("svg", { preserveAspectRatio: "none", role: "img" }, grey, blue, axis, sticks, cuts);
+  const rail = h("div", { class: "pnl-cut-rail" }), label = () => { const node = h("div", { class: "pnl-cut" }); return { node, update: (at) => place(node, at) }; };
+  const ends = makeEnds(), caption = h("figcaption"), node = h("figure", { class: "pnl-card pnl-histogram" }, rail, svg, ends, caption);
 
   const bars = (counts, most) => counts.map((c, i) => (c ? `M${i + 0.07} 100V${100 - 96 * Math.sqrt(c / most)}h.86V100z` : "")).join("");
+  // left p % of the rail and back p % of the label's own width: never over the edge
+  function place(node, { text, p }) {
+    Object.assign(node.style, { left: `${p}%`, transform: `translateX(-${p}%)` });
+    write(node, text);
+  }
   function update(card) {
-    const n = card.counts.length, [lo, hi] = card.edges, most = Math.max(1, ...card.counts);
-    const x = (value) => (n * (value - lo)) / (hi - lo);
+    const n = card.counts.length, [a, b] = card.edges, [lo, hi] = card.span ?? card.edges, most = Math.max(1, ...card.counts);
+    const x = (value) => (n * (value - a)) / (b - a), p = (value) => clamp((100 * (value - lo)) / (hi - lo), 0, 100);
     const lines = (values) => values.filter((v) => v >= lo && v <= hi).map((v) => `M${x(v)} 0V100`).join("");
-    assign(svg, { viewBox: `0 0 ${n} 100`, "aria-label": card.alt ?? `Histogram: ${card.caption}. ${card.cut_label ?? ""}` });
+    const levels = card.sticks ?? [], highest = Math.max(1, ...levels.map(([, count]) => count));
+    assign(svg, { viewBox: `${x(lo)} 0 ${x(hi) - x(lo)} 100`, "aria-label": card.alt ?? `Histogram: ${card.caption}. ${card.cut_label ?? ""}` });
     assign(grey, { d: bars(card.counts, most) });
     assign(blue, { d: bars(card.kept ?? [], most) });
-    assign(axis, { d: `M0 100H${n}` });
+    assign(axis, { d: `M${x(lo)} 100H${x(hi)}` });
+    // a level that no weight took is a tick
+    assign(sticks, { d: levels.map(([v, count]) => `M${x(v)} 100V${Math.min(96, 100 - 96 * Math.sqrt(count / highest))}`).join(""), "stroke-width": levels.length > 64 ? 1 : levels.length > 16 ? 1.6 : 3 });
     assign(cuts, { d: card.cut == null ? "" : lines([-card.cut, card.cut]) });
-    // left p % of the rail and back p % of the label's own width: never over the edge
-    const p = card.cut == null ? 50 : clamp((100 * x(card.cut)) / n, 0, 100);
-    Object.assign(label.style, { left: `${p}%`, transform: `translateX(-${p}%)` });
-    write(label, card.cut_label ?? "");
-    write(left, short(lo)); write(right, short(hi)); write(zero, lo < 0 && hi > 0 ? "0" : "");
-    if (lo < 0 && hi > 0) zero.style.left = `${(-100 * lo) / (hi - lo)}%`;
+    const named = levels.filter(([, , text]) => text).map(([v, , text]) => ({ text, p: p(v) }));
+    fillList(rail, card.cut_label ? [...named, { text: card.cut_label, p: card.cut == null ? 50 : p(card.cut) }] : named, label);
+    showEnds(ends, lo, hi);
+    write(caption, card.caption ?? "");
+  }
+  return { node, update };
+}
+
+/** What a value becomes: a line where all of a bar become one, a box where they become several; the diagonal would change nothing. */
+function stairsCard() {
+  const line = (attributes) => s("path", { "stroke-width": 1.6, "vector-effect": "non-scaling-stroke", ...attributes });
+  const same = line({ stroke: "#c3ccd6" }), steps = line({ stroke: INK.blue, "stroke-linejoin": "round", fill: "#7fb8d8" });
+  const svg = s("svg", { preserveAspectRatio: "none", role: "img" }, same, steps), caption = h("figcaption");
+  const ends = makeEnds(), node = h("figure", { class: "pnl-card pnl-histogram pnl-stairs" }, svg, ends, caption);
+  function update(card) {
+    const [lo, hi] = card.edges, low = Math.min(lo, ...card.steps.map(([, v]) => v)), high = Math.max(hi, ...card.steps.map(([, , v]) => v));
+    const y = (value) => 98 - (96 * (value - low)) / (high - low), n = card.bins;
+    assign(svg, { viewBox: `0 0 ${n} 100`, "aria-label": card.alt ?? card.caption });
+    assign(same, { d: `M0 ${y(lo)}L${n} ${y(hi)}` });
+    assign(steps, { d: card.steps.map(([i, a, b]) => `M${i} ${y(a)}H${i + 1}V${y(b)}H${i}z`).join("") });
+    showEnds(ends, lo, hi);
     write(caption, card.caption ?? "");
   }
   return { node, update };
@@ -304,7 +334,7 @@ function barsCard() {
   } };
 }
 
-const CARDS = { histogram: histogramCard, image: imageCard, strip: stripCard, bars: barsCard };
+const CARDS = { histogram: histogramCard, stairs: stairsCard, image: imageCard, strip: stripCard, bars: barsCard };
 
 /** Three pictures in the first column and the bars under the path; with more pictures, those go there and the bars change sides. */
 function makeCards(first, second) {
@@ -340,8 +370,8 @@ function makePlot() {
   const frame = () => ({ left: 44, right: width - 8, top: 19, bottom: height - 24 });
 
   /** The domain only grows (until the path is cleared): axes that jump cannot be read. */
-  function extend({ dense, published, walked, pins, point, guess }, accuracies) {
-    const points = [dense, ...published, ...walked, ...pins.map((p) => p.point), point, guess].filter((p) => p?.bytes > 0);
+  function extend({ dense, published, stored, walked, pins, point, guess }, accuracies) {
+    const points = [dense, ...published, ...stored, ...walked, ...pins.map((p) => p.point), point, guess].filter((p) => p?.bytes > 0);
     const sizes = points.map((p) => p.bytes);
     reach ??= { lo: dense ? dense.bytes / 24 : Infinity, hi: 0, floor: 0.3, top: 0 };
     reach.lo = Math.min(reach.lo, ...sizes.map((b) => b / 1.5));
@@ -420,15 +450,25 @@ function makePlot() {
       s("text", { x, y: at + 4.5, "text-anchor": "middle", fill: "#fff", "font-weight": "bold" }, letter));
   }
 
-  function drawMarks({ dense, published, guess, pins }, veil) {
-    const marked = [];
+  /** Runs that were trained once and kept: hollow points on a broken line. */
+  function drawStored(runs) {
+    const at = [...runs].sort((a, b) => a.bytes - b.bytes).map((run) => ({ x: X(run.bytes), y: Y(run.accuracy), run }));
+    if (!at.length) return [];
+    obstacles.push(...at.map(({ x, y }) => boxAt(x, y, 6)));
+    return [s("path", { d: `M${at.map(({ x, y }) => `${x} ${y}`).join("L")}`, fill: "none", stroke: INK.muted, "stroke-width": 1.4, "stroke-dasharray": "5 3" }),
+      ...at.map(({ x, y, run }) => s("circle", { cx: x, cy: y, r: 4, fill: "#fff", stroke: INK.muted, "stroke-width": 1.8 }, s("title", {}, `stored: ${percent(run.accuracy, 2)} · ${byteText(run.bytes)} · ${stateText(run)}`))),
+      caption("stored runs", at[0].x, at[0].y, obstacles)];
+  }
+
+  function drawMarks({ dense, published, stored, guess, pins }, veil) {
+    const marked = [], runs = drawStored(veil ? [] : stored);
     const mark = (point, text, shape) => marked.push({ x: X(point.bytes), y: Y(point.accuracy), text, shape });
     if (dense) mark(dense, "dense", (x, y) => s("path", { d: `M${x} ${y - 7}l7 12h-14z`, fill: INK.text }));
     for (const p of published) mark(p, p.label, (x, y) => s("path", { d: `M${x} ${y - 8}l8 8l-8 8l-8 -8z`, fill: "#fff", stroke: INK.green, "stroke-width": 2.2 }));
     if (guess?.bytes) mark(guess, `your guess ${Math.round(100 * guess.accuracy)} %`, (x, y) => s("path", { d: `M${x - 6} ${y - 6}l12 12m0 -12l-12 12`, stroke: INK.amber, "stroke-width": 3.2 }));
     for (const pin of veil ? [] : pins) if (known(pin.point)) mark(pin.point, "", (x, y) => flag(x, y, pin.label));
     obstacles.push(...marked.map(({ x, y }) => boxAt(x, y, 9)));
-    marks.replaceChildren(...marked.map(({ x, y, shape }) => shape(x, y)),
+    marks.replaceChildren(...runs, ...marked.map(({ x, y, shape }) => shape(x, y)),
       ...marked.filter((m) => m.text).map(({ x, y, text }) => caption(text, x, y, obstacles)));
   }
 
@@ -451,12 +491,12 @@ function makePlot() {
   }
 
   function update(state) {
-    const { veil, dense, published } = state;
+    const { veil, dense, published, stored } = state;
     const walked = veil ? [] : state.walked, point = veil ? state.point && { ...state.point, accuracy: null } : state.point;
     if (!dense && !point) return;
-    const accuracies = [dense, ...published, ...walked, state.guess, point].filter(known).map((p) => p.accuracy);
+    const accuracies = [dense, ...published, ...stored, ...walked, state.guess, point].filter(known).map((p) => p.accuracy);
     extend(state, accuracies);
-    const key = JSON.stringify([width, height, reach, veil, walked.length, walked.at(-1), state.pins, state.guess, dense, published]);
+    const key = JSON.stringify([width, height, reach, veil, walked.length, walked.at(-1), state.pins, state.guess, dense, published, stored]);
     if (key !== drawn) {
       drawn = key;
       obstacles = [];
@@ -618,13 +658,13 @@ function makePredict(onLock, onSkip) {
 
 function makeTwin() {
   const figures = makeTable("figures", ["", "dense", "now", "change"]);
-  const layers = makeTable("kept, layer by layer", ["layer", "kept"]);
+  const layers = makeTable("layer by layer", ["layer", ""]);
   const classes = makeTable("worst classes, accuracy", ["class", "dense", "now"]);
-  const walk = makeTable("the path walked", ["step", "bytes", "accuracy", "state"]);
+  const walk = makeTable("the path walked", ["step", "bytes", "accuracy", "state"]), kept = makeTable("stored runs", ["run", "bytes", "accuracy", "state"]);
   const flips = h("p"), pictures = h("ul"), line = h("code");
   const node = h("details", { class: "pnl-twin", "data-role": "text-twin" },
     h("summary", {}, "the same as text (for reading aloud, printing, grading)"),
-    h("div", { class: "pnl-twin-body" }, figures.node, layers.node, classes.node, walk.node), flips, pictures, h("p", {}, "To have this state again: ", line));
+    h("div", { class: "pnl-twin-body" }, figures.node, layers.node, classes.node, kept.node, walk.node), flips, pictures, h("p", {}, "To have this state again: ", line));
 
   function nameCells(rows) {                     // tests and graders look these two up
     const exact = rows.findIndex(([label]) => ofAccuracy(label) && /exact/i.test(label));
@@ -639,10 +679,13 @@ function makeTwin() {
     if (!seen(/bytes|file|disk/i)) rows.push(["file on disk", state.dense ? byteText(state.dense.bytes) : "", state.point?.label ?? "…", ""]);
     figures.fill(rows);
     nameCells(rows);
-    layers.fill(cards.filter((c) => c.kind === "bars").flatMap((c) => c.rows.map((row) => [row.label, row.text ?? percent(row.share)])));
+    const bars = cards.find((c) => c.kind === "bars");
+    layers.head(["layer", (bars?.title ?? "").split(",")[0]]);
+    layers.fill((bars?.rows ?? []).map((row) => [row.label, row.text ?? percent(row.share)]));
     classes.fill(veil ? [] : state.worst.map((row) => [row.label, percent(row.dense), percent(row.now)]));
-    walk.fill(veil ? [] : walked.map((p, i) => [i + 1, Math.round(p.bytes).toLocaleString("en"), percent(p.accuracy, 2), stateText(p)]));
-    for (const table of [layers, classes, walk]) table.node.hidden = !table.body.rows.length;
+    for (const [table, points] of [[walk, walked], [kept, state.stored]])
+      table.fill(veil ? [] : points.map((p, i) => [i + 1, Math.round(p.bytes).toLocaleString("en"), percent(p.accuracy, 2), stateText(p)]));
+    for (const table of [layers, classes, kept, walk]) table.node.hidden = !table.body.rows.length;
     write(flips, veil || !state.flips?.labels ? "" : `Answers that flipped${state.flips.total == null ? "" : `, ${state.flips.total} in all`}; some of them, truth: before→now: ${state.flips.labels.map(flipText).join("; ")}.`);
     fillList(pictures, cards.filter((c) => c.alt || c.caption), () => {
       const item = h("li");
@@ -703,7 +746,7 @@ function makeTakeAway(state, svg, say) {
 // ------------------------------------------------------------------ the panel
 
 const freshState = () => ({ spec: {}, values: {}, layer: null, pictureSeq: -1, estimateSeq: -1, exactSeq: -1, cards: [], buffers: [], cells: [],
-  notes: [], lateNotes: null, point: null, text: "", walked: [], published: [], dense: null, worst: [], flips: null, flipBuffers: [],
+  notes: [], lateNotes: null, point: null, text: "", walked: [], published: [], stored: [], dense: null, worst: [], flips: null, flipBuffers: [],
   pins: [], guess: null, reveal: "", veil: false, train: null, line: "", error: "", asked: new Set() });
 
 function makePanel(model, el) {
@@ -816,7 +859,7 @@ function makePanel(model, el) {
   function sameKnob(a, b) { return JSON.stringify(a) === JSON.stringify(b); }
   function follow(spec) {
     const old = state.spec, values = state.values;
-    Object.assign(state, { spec, dense: spec.dense ?? null, published: spec.published ?? [], line: spec.line ?? state.line });
+    Object.assign(state, { spec, dense: spec.dense ?? null, published: spec.published ?? [], stored: spec.stored ?? [], line: spec.line ?? state.line });
     if (!sameKnob(old.predict, spec.predict)) Object.assign(state, { veil: Boolean(spec.predict), reveal: "", guess: null });
     if (!sameKnob(old.walked, spec.walked)) { state.walked = [...(spec.walked ?? [])].filter(known); plot.forget(); }
     if (!sameKnob(old.dense, spec.dense)) plot.forget();

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import csv
 import html
+import inspect
 import io
 import math
 import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -24,11 +26,11 @@ from ..core.apply import Plan, attach_plan, plan_of, weighted, with_plain_weight
 from ..core.bake import bake
 from ..core.channels import UntraceableError
 from ..core.method import Method
-from ..core.planner import Planner
+from ..core.planner import PROVIDERS, Planner
 from ..lab.cost import multiply_adds
 from ..lab.data import Data
 from ..lab.files import length, save, sizes
-from ..lab.measure import latency
+from ..lab.measure import codes_in, latency
 from ..lab.train import predict
 from ..lab.zoo import checkpoint, load_net
 from ..methods import catalog
@@ -38,6 +40,7 @@ from .words import Dense, Speed, State, Step
 
 SHOWN = 12  # flipped images that are shown
 SLICES, ROUNDS = 3, 5  # the latency is timed in slices, each so many rounds
+SEEN = 8  # plans that are kept for a hand that comes back
 OWN = "a function of your own"  # the source of a method that is a plain function
 NETS = {"linear": "linear softmax", "lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "residual net",
         "mlp": "64-32-10 net", "cnn": "small CNN"}  # fmt: skip
@@ -61,12 +64,14 @@ class Walk:
         """Make ``net`` the network that the panel acts on."""
         self.net, self.source = net, shipped(net)
         self.planner = Planner(net, self.method, where=self.where, data=self.data)
+        self._seen: OrderedDict[tuple, tuple[Plan, list[str]]] = OrderedDict()
         self.live = Live(net, self.data, part=self.part)
         size = sizes_of(net)
         self.header_bytes = size["header"]
-        self.dense = Dense(self.live.accuracy(), size["file"], multiply_adds(self.live.model, self.live.starts[0][0][:1]))
-        covered = sum(size["layers"].get(n, w.numel() * w.element_size()) for n, w in self.planner.weights.items())
-        self.rest_bytes = size["arrays"] - covered
+        covered = {n: size["layers"].get(n, w.nbytes) for n, w in self.planner.weights.items()}
+        layer_bits = {n: 8 * held for n, held in covered.items()}
+        self.dense = Dense(self.live.accuracy(), size["file"], multiply_adds(self.live.model, self.live.starts[0][0][:1]), layer_bits)
+        self.rest_bytes = size["arrays"] - sum(covered.values())
         first, image = next(iter(weighted(net))), self._image()
         self.views = {n: cards.LayerView(n, w, image if n == first else None) for n, w in self.planner.weights.items()}
         self.pictured, self.maps = deepcopy(self.live.model), {}  # a model of this thread's own: the other may be measuring, other weights in place
@@ -95,11 +100,18 @@ class Walk:
 
     def look(self, knobs: dict[str, Any]) -> State:
         """The plan of these knobs and its size; nothing is measured yet."""
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", UserWarning)
-            plan = self.planner(**knobs)
-        warned = [str(w.message) for w in said if issubclass(w.category, UserWarning)]
-        return self._state(self.method.bind(knobs), plan, warned=warned)
+        knobs = self.method.bind(knobs)
+        key = tuple(knobs.items())
+        if key not in self._seen:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", UserWarning)
+                plan = self.planner(**knobs)
+            self._seen[key] = plan, [str(w.message) for w in said if issubclass(w.category, UserWarning)]
+        self._seen.move_to_end(key)
+        if len(self._seen) > SEEN:
+            self._seen.popitem(last=False)
+        plan, warned = self._seen[key]
+        return self._state(knobs, plan, warned=warned)
 
     def _state(self, knobs: dict[str, Any], plan: Plan, **more: Any) -> State:
         packed = sum(p.bits() for p in plan.values()) // 8
@@ -119,7 +131,7 @@ class Walk:
     def _at(self, knobs: dict[str, Any]) -> State:
         """The state of these knobs, measured; the point joins the path."""
         state = self.look(knobs)
-        self._finish(state, self.live.answers(state.weights))
+        self._finish(state, self.live.answers(state.weights, state.inputs))
         self.path.append(state.step())
         return state
 
@@ -132,6 +144,7 @@ class Walk:
         order = there[(now - dense)[there].argsort(stable=True)[:3]].tolist()
         state.worst = [{"label": self.class_name(c), "dense": dense[c].item(), "now": now[c].item()} for c in order]
         state.file_bytes, state.weighed = length(state.net or self.pictured, {**self.planner.previous, **state.plan}), True
+        self.header_bytes = state.file_bytes - state.packed_bytes - self.rest_bytes  # of the next one, nearly
         state.index = words.index_bits(state.plan)
 
     def class_name(self, c: int) -> str:
@@ -140,21 +153,27 @@ class Walk:
     def pictures(self, state: State) -> cards.Cards:
         """The cards of the pictured layer and the bars of all."""
         out, name = cards.Cards([], []), self.layer
-        packed, view = state.plan[name], self.views[name]
-        out.add(view.histogram(packed))
-        view.map(out, packed.places)
-        view.strip(out, packed)
+        packed, view, after = state.plan[name], self.views[name], state.weights[f"{name}.weight"].detach().cpu()
+        if codes_in(packed):
+            out.add(view.levels(packed, after))
+            out.add(view.stairs(after))
+        else:
+            out.add(view.histogram(packed))
+        cards.input_stairs(out, name, packed)
+        if packed.kept < view.weight.numel() or not state.coded:
+            view.map(out, packed.places)
+        view.strip(out, after)
         self._feature_maps(out, state)
-        out.add(cards.shares(state.plan))
+        out.add(cards.bits(state.plan) if state.coded else cards.shares(state.plan))
         return out
 
     def _feature_maps(self, out: cards.Cards, state: State) -> None:
         x = self.live.starts[0][0][:1]
         if self.layer not in self.maps:
-            self.maps[self.layer] = cards.feature_maps(self.pictured, self.layer, x, {}) if self.views[self.layer].weight.dim() == 4 else None
+            self.maps[self.layer] = cards.feature_maps(self.pictured, self.layer, x) if self.views[self.layer].weight.dim() == 4 else None
         if self.maps[self.layer] is not None:
-            after = cards.feature_maps(state.net or self.pictured, self.layer, x, {} if state.net else state.weights)
-            cards.maps_strip(out, self.layer, self.maps[self.layer], after)
+            model, *changes = (state.net,) if state.net else (self.pictured, state.weights, state.inputs)
+            cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(model, self.layer, x, *changes))
 
     # what is said of it -----------------------------------------------------------------------------------------
 
@@ -172,15 +191,21 @@ class Walk:
         source = state.source
         net = f'load_net("{source["net"]}", "{source["data"]}", seed={source["seed"]})' if source else "net"
         key = self.method.key
-        method = repr(key) if self.listed else f'score("{OWN}", chapter="-")({key})' if self.method.paper == OWN else key
+        method = repr(key) if self.listed else f'{self.method.kind}("{OWN}", chapter="-")({key})' if self.method.paper == OWN else key
         changed = {n: v for n, v in state.knobs.items() if v != self.method.knobs[n].default or n == next(iter(state.knobs))}
         where = [f"where={self.where!r}"] if self.where != "*" else []
         data = f'data=load_data("{self.data.name}")' if isinstance(self.data, Data) else "data=data"
-        asks = [data] if set(self.method.asks) - {"w", "training"} else []
+        asks = [data] if self._needs_data else []
         knobs = [f"{n}={v!r}" for n, v in changed.items()]
         made = f"compress({', '.join([net, method, *where, *asks, *knobs])})"
         training = ", ".join(f"{n}={v!r}" for n, v in state.training.items())
         return f"fit(model := {made}, {data[5:]}, {training}, keep_best=False)" if state.net else made
+
+    @property
+    def _needs_data(self) -> bool:
+        """Whether the method is made from data: evidence, or what the layers read."""
+        acts = inspect.signature(self.method.acts).parameters if self.method.acts else ()
+        return bool({*self.method.asks, *acts} & {*PROVIDERS, "x"})
 
     def text(self, state: State | None = None) -> str:
         """The panel as plain text: the same figures for reading aloud, printing and grading."""
@@ -192,7 +217,7 @@ class Walk:
 
     def _rows(self, state: State) -> list[list[str]]:
         rows = [["", "dense", "now", "change"], *self.cells(state)]
-        rows += [[f"kept in {n}", f"{p.mask.numel():,}", f"{p.kept:,}", words.pct(p.kept / p.mask.numel())] for n, p in state.plan.items()]
+        rows += [words.layer_row(n, p, self.dense.layer_bits[n] if state.coded else None) for n, p in state.plan.items()]
         classes = [[f"class {w['label']}", words.pct(w["dense"]), words.pct(w["now"]), f"{100 * (w['now'] - w['dense']):+.1f}"] for w in state.worst]
         return rows + classes
 
@@ -205,11 +230,11 @@ class Walk:
         return f"<table><caption>{title}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table><p><code>{line}</code></p>"
 
     def path_csv(self) -> str:
-        """The path walked, one line a state: its knobs, epochs of retraining, weights kept, bytes on disk, accuracy."""
+        """The path walked, one line a state: its knobs, epochs of retraining, weights kept, bits a weight and an input, bytes on disk, accuracy."""
         out = io.StringIO()
         table = csv.writer(out, lineterminator="\n")
-        table.writerow([*self.method.knobs, "epochs", "weights_kept", "file_bytes", "accuracy"])
-        table.writerows([*s.knobs.values(), s.epochs, s.kept, s.file_bytes, s.accuracy] for s in self.path)
+        table.writerow([*self.method.knobs, "epochs", "weights_kept", "weight_bits", "activation_bits", "file_bytes", "accuracy"])
+        table.writerows([*s.knobs.values(), s.epochs, s.kept, s.weight_bits, s.activation_bits, s.file_bytes, s.accuracy] for s in self.path)
         return out.getvalue()
 
     def subtitle(self) -> str:

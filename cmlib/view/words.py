@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from ..core.apply import Plan, substituted
 from ..core.knobs import Knob, Span
+from ..core.packed import Packed
 from ..core.select import is_n_of_m
-from .live import Estimate
+from ..lab.measure import codes_in, costs, input_bits
+from .live import Estimate, Inputs
 
-KNOB_LABELS = {"keep": "keep, share that stays", "lam": "λ, strength of the penalty", "c": "c, threshold in standard deviations"}
+KNOB_LABELS = {"keep": "keep, share that stays", "lam": "λ, strength of the penalty", "c": "c, threshold in standard deviations",
+               "k": "k, levels of a codebook", "bits": "bits of a weight", "a_bits": "bits of an activation", "g_bits": "bits of a gradient",
+               "per": "levels per"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,18 @@ class Dense:
     accuracy: float
     file_bytes: int
     multiply_adds: int  # of one image
+    layer_bits: dict[str, int]  # of the covered layers, as stored
 
 
 @dataclass(frozen=True)
 class Step:
-    """A measured point of the path: the knobs, epochs of retraining, weights kept, bytes of the written file, exact accuracy."""
+    """A measured point of the path: the knobs, epochs of retraining, weights kept, bits a weight, bytes of the written file, exact accuracy."""
 
     knobs: dict[str, Any]
     epochs: int  # 0 where nothing was retrained
     kept: int
+    weight_bits: float
+    activation_bits: int | None  # None where no inputs are rounded
     file_bytes: int
     accuracy: float
 
@@ -76,6 +83,11 @@ class State:
         return substituted(self.given, self.plan)
 
     @property
+    def inputs(self) -> Inputs:
+        """What layers round their inputs to, by name."""
+        return {n: p.input for n, p in self.plan.items() if input_bits(p) is not None}
+
+    @property
     def untrained(self) -> State:
         """The state of the same knobs before any training."""
         return self.before or self
@@ -87,7 +99,7 @@ class State:
 
     def step(self) -> Step:
         """What the path remembers of it."""
-        return Step(self.knobs, self.epochs, self.kept, self.file_bytes, self.accuracy)
+        return Step(self.knobs, self.epochs, self.kept, self.weight_bits, self.activation_bits, self.file_bytes, self.accuracy)
 
     @property
     def kept(self) -> int:
@@ -95,21 +107,58 @@ class State:
 
     @property
     def total(self) -> int:
-        return sum(p.mask.numel() for p in self.plan.values())
+        return sum(p.values.numel() for p in self.plan.values())
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits that a covered weight costs as stored, all that belongs to it included."""
+        return 8 * self.packed_bytes / self.total
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Most bits of a rounded input; None where none is rounded."""
+        return max((n for p in self.plan.values() if (n := input_bits(p))), default=None)
+
+    @cached_property
+    def coded(self) -> bool:
+        """Whether weights are codes, or inputs rounded."""
+        return any(codes_in(p) or input_bits(p) for p in self.plan.values())
 
     @property
     def whole(self) -> bool:
-        """Whether filters go with all that belongs to them, so that they can be taken out for real."""
-        return any(p.vectors for p in self.plan.values())
+        """Whether filters go with all that belongs to them, so that they can be taken out for real; codes would become floats again."""
+        return any(p.vectors for p in self.plan.values()) and not self.coded
 
 
 def cells(state: State, dense: Dense) -> list[list[str]]:
     """The table: label, dense, now, change. What is not measured yet is an ellipsis."""
     size = ("" if state.weighed else "≈ ") + size_text(state.file_bytes)
+    kept = [["weights kept", f"{state.total:,}", f"{state.kept:,}", times(state.total, state.kept)]]
     return [*_accuracy(state, dense.accuracy),
-            ["weights kept", f"{state.total:,}", f"{state.kept:,}", times(state.total, state.kept)],
+            *(kept if state.kept < state.total or not state.coded else []),
+            *(_coded(state, dense) if state.coded else []),
             ["file on disk", size_text(dense.file_bytes), size, times(dense.file_bytes, state.file_bytes)],
             *_speed(state.speed, dense.multiply_adds)]  # fmt: skip
+
+
+def _coded(state: State, dense: Dense) -> list[list[str]]:
+    """Bits and levels of weights, and of inputs where they are rounded."""
+    before, bits, floats = bits_before(state, dense), state.activation_bits, 8 * next(iter(state.plan.values())).values.element_size()
+    inputs = [["bits an activation", f"{floats}", f"{bits}", times(floats, bits)]] if bits else []
+    return [["bits a covered weight", f"{before:.3g}", f"{state.weight_bits:.2f}", times(before, state.weight_bits)],
+            ["levels", "floats", *levels_text(state.plan)], *inputs]  # fmt: skip
+
+
+def bits_before(state: State, dense: Dense) -> float:
+    """Bits that a covered weight cost before, as stored."""
+    return sum(dense.layer_bits[n] for n in state.plan) / state.total
+
+
+def levels_text(plan: Plan) -> tuple[str, str]:
+    """How many values a code can stand for, from the fewest to the most in a layer; and how many groups have levels of their own, if not layers."""
+    codes = [c for p in plan.values() for c in codes_in(p)]
+    counts, groups = sorted({c.count for c in codes}), sum(len(c.params) for c in codes)
+    return " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:])) or "floats", f"{groups:,} groups" if groups > len(codes) else ""
 
 
 def _accuracy(state: State, dense: float) -> list[list[str]]:
@@ -130,20 +179,45 @@ def _speed(speed: Speed | None, before: int) -> list[list[str]]:
 def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     """What the figures mean, and why some did not move."""
     empty = [n for n, p in state.plan.items() if p.kept == 0]
-    found = [note("info", "Trained on.", f"What was left was trained for {epochs(state)}.")] if state.net else []
+    found = [note("info", "Trained on.", f"What is shown was trained for {epochs(state.epochs)}.")] if state.net else []
     found += [note("warn", "Warning.", f"{'; '.join(state.warned)}.")] if state.warned else []
     found += [note("warn", "A layer is empty.", f"{', '.join(empty)} keeps no weight: it passes on nothing but its bias.")] if empty else []
-    title = f"{times(state.total, state.kept)} fewer weights, {times(dense.file_bytes, state.file_bytes)} smaller file."
-    found.append(note("info", title, _storage(state)))
+    found.append(_costs(state, dense))
     if is_n_of_m(state.knobs.get("unit", "")):
         found.append(note("info", f"{state.knobs['unit']} fixes the share.", "So many weights of every group stay, whatever keep says."))
-    if state.whole and not (state.speed and state.speed.why):
+    if state.coded:
+        found += _codes(state)
+    elif state.whole and not (state.speed and state.speed.why):
         size = f" Its file then has {size_text(state.speed.small_bytes)}." if state.speed and state.speed.small_bytes else ""
         found.append(note("info", "Filters go whole.", f"Multiply-adds and latency are those of bake(model), the network without them.{size}"))
     elif state.kept < state.total:
         why = f" {state.speed.why}" if state.speed else ""
         found.append(note("warn", "Why did the multiply-adds not move?", f"The mask sits in a dense matrix: the zeros are still multiplied.{why}"))
     return found
+
+
+def _costs(state: State, dense: Dense) -> dict[str, str]:
+    smaller = f"{times(dense.file_bytes, state.file_bytes)} smaller file."
+    if not state.coded:
+        return note("info", f"{times(state.total, state.kept)} fewer weights, {smaller}", _storage(state))
+    parts = {part: 8 * sum(costs(p)[part] for p in state.plan.values()) / state.total for part in ("values", "tables", "places")}
+    names = {"values": "value", "tables": "levels (scales, codebooks)", "places": "index"}
+    text = ", ".join(f"{bits:{'.2f' if bits > 0.005 else '.1g'}} of {names[part]}" for part, bits in parts.items() if bits)
+    return note("info", f"{times(bits_before(state, dense), state.weight_bits)} fewer bits, {smaller}", f"Bits a covered weight: {text}.")
+
+
+def _codes(state: State) -> list[dict[str, str]]:
+    """What codes do and do not do."""
+    found = []
+    if dear := [n for n, p in state.plan.items() if codes_in(p) and p.bits() >= 8 * p.values.nbytes]:
+        text = f"Stored dense, {', '.join(dear)} would take less: too few weights share these levels."
+        found.append(note("warn", "Levels that cost more than they save.", text))
+    if inputs := [n for n, p in state.plan.items() if input_bits(p)]:
+        text = f"What {', '.join(inputs)} read has {state.activation_bits} bits. No file holds it, so none shrinks by that."
+        found.append(note("info", "Inputs are rounded too.", text))
+    time = ", and rounding the inputs takes time of its own" if inputs else ""
+    text = f"Each code is unpacked to a float32 number and multiplied as such{time}. integer_network() and int8 in ONNX Runtime multiply integers."
+    return [*found, note("warn", "Why does the latency not fall?", text)]
 
 
 def _storage(state: State) -> str:
@@ -157,14 +231,21 @@ def _storage(state: State) -> str:
     return f"Each kept weight also stores where it sits ({', '.join(formats)}){bits}."
 
 
+def layer_row(name: str, packed: Packed, before: int | None) -> list[str]:
+    """A layer's line of the text twin: its bits where codes had ``before`` as many, else what is kept."""
+    total = packed.values.numel()
+    if before is None:
+        return [f"kept in {name}", f"{total:,}", f"{packed.kept:,}", pct(packed.kept / total)]
+    return [f"bits a weight in {name}", f"{before / total:.3g}", f"{packed.bits() / total:.2f}", times(before, packed.bits())]
+
+
 def index_bits(plan: Plan) -> tuple[float, float] | None:
     """Bits of value and of index that a kept weight costs in the layers that store where it sits; None where none does."""
     stored = [p for p in plan.values() if p.kept and p.format() != "dense"]
     if not stored:
         return None
-    arrays = [(name, a.nbytes) for p in stored for name, a in p.arrays().items()]
-    values, kept = sum(size for name, size in arrays if name == "values"), sum(p.kept for p in stored)
-    return 8 * values / kept, 8 * (sum(size for _, size in arrays) - values) / kept
+    parts, kept = [costs(p) for p in stored], sum(p.kept for p in stored)
+    return 8 * sum(c["values"] for c in parts) / kept, 8 * sum(c["places"] for c in parts) / kept
 
 
 def point(state: State | Step) -> dict[str, Any]:
@@ -176,9 +257,14 @@ def point(state: State | Step) -> dict[str, Any]:
     return {**found, "accuracy": state.estimate.accuracy, "half": state.estimate.half} if state.estimate else found
 
 
-def epochs(state: State) -> str:
+def epochs(count: int) -> str:
     """How long a state was trained."""
-    return f"{state.epochs} epoch{'s' * (state.epochs > 1)}"
+    return f"{count} epoch{'s' * (count > 1)}"
+
+
+def stored_note(run: dict[str, Any]) -> dict[str, str]:
+    """A run that was trained once and kept."""
+    return note("info", "Stored run.", f"Trained once for {epochs(run['epochs'])} and kept: {pct(run['accuracy'])}, {size_text(run['bytes'])}.")
 
 
 def note(tone: str, title: str, text: str) -> dict[str, str]:
