@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..lab.runs import machine
-from . import deep, readme, structures, tables
+from . import deep, quantized, readme, structures, tables
 
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse,
-    "structures": structures.structures, "sparsest": structures.sparsest, "deep": deep.deep,
+    "structures": structures.structures, "sparsest": structures.sparsest, "quantized": quantized.quantized, "deep": deep.deep,
     "notebooks": tables.notebooks,
 }  # fmt: skip
 

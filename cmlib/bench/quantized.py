@@ -1,0 +1,98 @@
+"""Chapter 04: LeNet-5 and the residual net in few bits, each method trained as long as the dense control beside it, three seeds; runs are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from ..core.apply import plan_of
+from ..lab import runs
+from ..lab.data import load_data
+from ..lab.nets import signed
+from ..lab.stages import in_stages
+from ..lab.train import evaluate, fit
+from ..lab.verbs import compress
+from ..lab.zoo import SEEDS, load_net, recipe
+from .structures import PARTS, _before, trained
+from .tables import heading, line
+
+INNER = "*, !first, !last"
+SIGNED = {"where": INNER, "net": "signed", "epochs": 3}  # inputs of one bit need a batch norm before each sign
+METHODS: dict[str, dict[str, Any]] = {  # label -> method, its knobs, and where and how it is trained other than for one epoch at lr 1e-3
+    "integer-only, 8 bits": {"method": "integer_only_quantization", "knobs": {"bits": 8, "per": "filter"}, "lr": 2e-4},
+    "integer-only, 4 bits": {"method": "integer_only_quantization", "knobs": {"bits": 4, "per": "filter"}, "lr": 2e-4},
+    "k-means, 4 bits": {"method": "vq_gong", "knobs": {"k": 16}},
+    "DoReFa, 4 bits": {"method": "dorefa_net", "knobs": {"bits": 4, "a_bits": 32}},
+    "INQ, 5 bits": {"method": "inq", "knobs": {"bits": 5}, "stages": [[0.5, 1], [0.75, 1], [1.0, 0]], "epochs": 2},
+    "LQ-Nets, 2 bits": {"method": "lq_nets", "knobs": {"bits": 2, "a_bits": 32}},
+    "TWN": {"method": "ternary_weight_networks", "knobs": {"per": "filter"}, "epochs": 2},
+    "TTQ": {"method": "trained_ternary_quantization", "knobs": {}},
+    "BinaryConnect": {"method": "binaryconnect", "knobs": {}},
+    "BWN": {"method": "xnor_net", "knobs": {"mode": "bwn"}, "epochs": 2},
+    "HWGQ, 1 and 2 bits": {"method": "hwgq", "knobs": {"a_bits": 2}, "where": INNER},
+    "DoReFa, 1 and 2 bits": {"method": "dorefa_net", "knobs": {"bits": 1, "a_bits": 2}, "where": INNER},
+    "XNOR-Net, 1 and 1 bit": {"method": "xnor_net", "knobs": {}, **SIGNED},
+    "BNN, 1 and 1 bit": {"method": "bnn", "knobs": {}, **SIGNED},
+}
+DENSE = "the dense net"
+MOST = 3  # epochs, which the dense control has
+SETS = {"lenet5": ("mnist", (DENSE, *METHODS)),
+        "resnet": ("fashion_mnist", (DENSE, "integer-only, 8 bits", "integer-only, 4 bits", "k-means, 4 bits", "TWN", "BWN"))}  # fmt: skip
+
+
+def quantized() -> Iterator[str]:
+    """Accuracy and bytes of every method, LeNet-5 on MNIST and the residual net on Fashion-MNIST."""
+    for net, (data, labels) in SETS.items():
+        for seed in SEEDS:
+            for label in labels:
+                run(net, label, seed)
+        found = runs.of([given(net, label, seed) for seed in SEEDS for label in labels])
+        yield from heading(
+            f"{net} on {data}: weights (and inputs) of few bits, trained on after quantizing, three seeds, mean ± standard deviation",
+            "method", "bits a covered weight", "more epochs", "untrained", "validation", "difference to dense, points", "test",
+            "weights' bytes", "seconds a run",
+        )  # fmt: skip
+        dense = found[found.label == DENSE].validation.mean()
+        for label in labels:
+            lines = found[found.label == label]
+            cells = [f"{100 * lines[k].mean():.2f} ± {100 * lines[k].std():.2f} %" for k in ("before", "validation", "test")]
+            change = f"{100 * (lines.validation.mean() - dense):+.2f}"
+            yield line(
+                label,
+                f"{lines.bits.mean():.2f}",
+                lines.epochs.iloc[0],
+                *cells[:2],
+                change,
+                cells[2],
+                f"{lines.bytes.mean():,.0f}",
+                f"{lines.seconds.max():.0f}",
+            )
+        yield f"\n{trained(found)}"
+
+
+def run(net: str, label: str, seed: int) -> dict[str, Any]:
+    return runs.stored(given(net, label, seed), partial(_run, net, label, seed))
+
+
+def given(net: str, label: str, seed: int) -> dict[str, Any]:
+    data, settings = SETS[net][0], METHODS.get(label, {"method": None, "knobs": {}, "epochs": MOST})
+    here = {"kind": "quantized", "network": net, "data": data, "label": label, "seed": seed, "epochs": 1, "lr": 1e-3}
+    return {**here, **settings, **_before(net, data, seed)}
+
+
+def _run(net: str, label: str, seed: int) -> dict[str, Any]:
+    how = given(net, label, seed)
+    data, model = load_data(how["data"]), load_net(net, how["data"], seed)
+    model = signed(model) if how.get("net") == "signed" else model
+    training = {"lr": how["lr"], "augment": recipe(net, how["data"])["augment"], "seed": seed}
+    small = compress(model, how["method"], where=how.get("where", "*"), data=data, **how["knobs"]) if how["method"] else model
+    before = evaluate(small, data)
+    if "stages" in how:
+        small, _ = in_stages(model, how["method"], data, "portion", how["stages"], knobs=how["knobs"], **training)
+    else:
+        fit(small, data, epochs=how["epochs"], **training)
+    plan = plan_of(small)
+    held = sum(p.bits() for p in plan.values()) // 8 if plan else sum(p.nbytes for p in small.parameters())
+    bits = 8 * held / sum(p.values.numel() for p in plan.values()) if plan else 32.0
+    return {"before": before, **{part: evaluate(small, data, part=part) for part in PARTS}, "bytes": held, "bits": bits}
