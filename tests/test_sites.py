@@ -166,6 +166,7 @@ def test_a_copy_has_sites_of_its_own_and_compressing_again_takes_the_old_ones_aw
     assert site_of(again[2]).input.count == 256 and len(again[2]._forward_pre_hooks) == 1
     kept = compress(model, without)
     assert site_of(kept[2]).input.count == 4, "a method that says nothing of inputs leaves their rounding"
+    assert site_of(compress(model, "magnitude_pruning_han", keep=0.5)[2]).input.count == 4
 
 
 def test_inputs_at_is_the_rounding_for_the_length_of_a_block():

@@ -101,9 +101,12 @@ class Planner:
         """The plan {layer: packed} for these knobs. ValueError for a knob that is misspelt or out of range."""
         knobs = self.method.bind(knobs)
         if self.method.kind == "quantizer":
-            return self._quantized(knobs)
-        if not self.method.selects:
-            return self._own(knobs)
+            return {n: self._with_input(n, p, knobs) for n, p in self._quantized(knobs).items()}
+        plan = self._selected(knobs) if self.method.selects else self._own(knobs)
+        return {n: self._as_before(n, p) for n, p in plan.items()}
+
+    def _selected(self, knobs: dict[str, Any]) -> Plan:
+        """The plan of a method that gives scores."""
         if knobs["threshold"] is not None and is_n_of_m(knobs["unit"]):
             raise ValueError(f"threshold={knobs['threshold']} does not go with unit={knobs['unit']!r}, which fixes how many of each group stay")
         ranking = self.ranking(**knobs)
@@ -154,13 +157,17 @@ class Planner:
                 left = {n: v[..., before.mask] if isinstance(v, Tensor) else v for n, v in given.items()}
                 codes = call(self.method.fn, left, {**knobs, "state": None})
                 plan[name] = SparseCodes(given["w"], before.mask, codes, state=codes.state, vectors=before.vectors)
-        return {n: self._with_input(n, p, knobs) for n, p in plan.items()}
+        return plan
+
+    def _as_before(self, name: str, packed: Packed) -> Packed:
+        """The packed value with the rounding of inputs that the layer had before."""
+        before = self.previous.get(name)
+        return Sited(packed, before.input) if isinstance(before, Sited) else packed
 
     def _with_input(self, name: str, packed: Packed, knobs: dict[str, Any]) -> Packed:
         """The packed value with the rounding of its layer's inputs. The first layer reads the image, whose 8 bits are left as they are."""
         if self.method.acts is None or name == next(iter(weighted(self.model))):
-            before = self.previous.get(name)
-            return Sited(packed, before.input) if isinstance(before, Sited) else packed
+            return self._as_before(name, packed)
         given = call(self.method.acts, {"x": self.inputs.get(name), "training": False}, {**knobs, "state": None})
         return packed if given is None else Sited(packed, given)
 
