@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..lab.runs import machine
-from . import deep, quantized, readme, structures, tables
+from . import deep, integers, quantized, readme, structures, tables
 
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse,
     "structures": structures.structures, "sparsest": structures.sparsest, "quantized": quantized.quantized, "deep": deep.deep,
+    "int8": integers.int8, "xnor": integers.xnor, "kmeans": quantized.kmeans, "bits": tables.bits,
     "notebooks": tables.notebooks,
 }  # fmt: skip
 

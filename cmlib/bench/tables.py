@@ -171,6 +171,31 @@ def slider() -> Iterator[str]:
             )
 
 
+CODES = """from cmlib import explore
+explore("{method}", net="lenet5", data="mnist", layer="fc1", {start})"""
+
+
+def bits() -> Iterator[str]:
+    """The same for the sliders of two quantizers: bits of evenly spaced levels, and the size of a k-means codebook."""
+    yield from heading(
+        "Slider over bits in JupyterLab in Chromium, key press to drawn, all layers of LeNet-5 on MNIST", "what", "median / 90th", "bound of each"
+    )
+    if browser.chromium() is None:
+        yield line("Chromium is not installed: left out", "", "")
+        return
+    for method, knob, start, count in (("integer_only_quantization", "bits", "bits=8, a_bits=32", 6), ("vq_gong", "k", "k=64", 20)):
+        with tempfile.TemporaryDirectory() as folder:
+            page_of = browser.lab(Path(folder), notebook(Path(folder), CODES.format(method=method, start=start)))
+            with page_of as page:
+                browser.run_all(page)
+                panel = page.locator('[data-role="panel"]').first
+                panel.wait_for(timeout=30_000)
+                page.wait_for_timeout(2_000)
+                found = browser.moves(page, panel, knob=f"knob-{knob}", count=count, gap=1.2)
+        yield line(f"changed histogram and levels, `{knob}` of {method}, moves 1.2 s apart", spread(found["seq"]), "60 ms")
+        yield line(f"accuracy estimate, `{knob}` of {method}", spread(found["estimate"]), "150 ms")
+
+
 def _plain_moves(folder: Path) -> list[float]:
     with browser.lab(folder, notebook(folder, PLAIN)) as page:
         browser.run_all(page)
