@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import storage
-from .packed import Arrays, Masked, Packed, State, Streams, Widths, vectors_meta, vectors_of
+from .packed import Arrays, Masked, Packed, State, Streams, Whole, Widths, vectors_meta, vectors_of
 
 MOST = 1 << 16  # levels
 
@@ -50,7 +50,7 @@ GRIDS: dict[str, Callable[[Tensor, int], Tensor]] = {f.__name__: f for f in (lin
 
 
 @dataclass(frozen=True, eq=False)
-class Codes(Packed):
+class Codes(Whole):
     """A weight of which each entry (or run of d entries) is one of ``count`` levels of its group.
 
     ``index``   (groups, codes of a group) int64, the level of each entry.
@@ -81,19 +81,6 @@ class Codes(Packed):
     def width(self) -> int:
         """Bits of a code."""
         return (self.count - 1).bit_length()
-
-    @property
-    def mask(self) -> Tensor:
-        """Which weights are there: all."""
-        return torch.ones(self.values.shape, dtype=torch.bool, device=self.values.device)
-
-    @property
-    def kept(self) -> int:
-        return self.values.numel()
-
-    @property
-    def rows(self) -> Tensor:
-        return torch.ones(len(self.values), dtype=torch.bool, device=self.values.device)
 
     def rounded(self) -> Tensor:
         """The weight that the codes stand for; differentiable in ``params``."""
@@ -200,18 +187,6 @@ class SparseCodes(Packed):
         kept = self.codes.through(self.codes.values if self.codes.straight else w[self.mask])
         return torch.zeros_like(w).masked_scatter(self.mask, kept.to(w.dtype))
 
-    @cached_property
-    def places(self) -> np.ndarray:
-        return np.flatnonzero(self.mask.cpu().numpy())
-
-    @property
-    def rows(self) -> Tensor:
-        return self.mask.flatten(1).any(1)
-
-    @property
-    def kept(self) -> int:
-        return len(self.places)
-
     @property
     def width(self) -> int:
         return self.codes.width
@@ -267,7 +242,7 @@ class SparseCodes(Packed):
 
 
 @dataclass(frozen=True, eq=False)
-class Sum(Packed):
+class Sum(Whole):
     """A weight that is the sum of several packed values of its shape, each with latent values of its own."""
 
     values: Tensor
@@ -277,18 +252,6 @@ class Sum(Packed):
 
     def through(self, w: Tensor) -> Tensor:
         return sum(p.through(p.values) for p in self.terms)
-
-    @property
-    def mask(self) -> Tensor:
-        return torch.ones(self.values.shape, dtype=torch.bool, device=self.values.device)
-
-    @property
-    def kept(self) -> int:
-        return self.values.numel()
-
-    @property
-    def rows(self) -> Tensor:
-        return self.mask.flatten(1).any(1)
 
     def format(self) -> str:
         return " + ".join(p.format() for p in self.terms)

@@ -73,6 +73,21 @@ class Packed(ABC):
     def frozen(self) -> Packed:
         """The same with nothing left to learn: a copy, detached, without state."""
 
+    @cached_property
+    def places(self) -> np.ndarray:
+        """The flat indices of the weights that stay, rising."""
+        return np.flatnonzero(self.mask.cpu().numpy())
+
+    @property
+    def rows(self) -> Tensor:
+        """Which outputs still have a weight, (out,)."""
+        return self.mask.flatten(1).any(1)
+
+    @property
+    def kept(self) -> int:
+        """How many weights stay."""
+        return len(self.places)
+
     def dense(self) -> Tensor:
         return self.through(self.values)
 
@@ -91,6 +106,18 @@ class Packed(ABC):
             storage.need(name in arrays and len(arrays[name]) == -(-count * k // 8), f"the stream {name!r} is not {count:,} numbers of {k} bits")
         numbers = {name: storage.unpack_bits(arrays[name], k, count) for name, (k, count) in widths.items()}
         return cls.rebuild({n: a for n, a in arrays.items() if n not in widths}, numbers, meta)
+
+
+class Whole(Packed):
+    """A packed value from which no weight is removed."""
+
+    @property
+    def mask(self) -> Tensor:
+        return torch.ones(self.values.shape, dtype=torch.bool, device=self.values.device)
+
+    @property
+    def kept(self) -> int:
+        return self.values.numel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,21 +143,6 @@ class Masked(Packed):
 
     def at(self, w: Tensor) -> Masked:
         return replace(self, values=w)
-
-    @cached_property
-    def places(self) -> np.ndarray:
-        """The flat indices of the weights that stay, rising."""
-        return np.flatnonzero(self.mask.cpu().numpy())
-
-    @property
-    def rows(self) -> Tensor:
-        """Which outputs still have a weight, (out,)."""
-        return self.mask.flatten(1).any(1)
-
-    @property
-    def kept(self) -> int:
-        """How many weights stay."""
-        return len(self.places)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:

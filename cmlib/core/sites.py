@@ -60,7 +60,7 @@ class Steps:
         return len(self.levels)
 
     def rounded(self, x: Tensor) -> Tensor:
-        return self.levels.to(x)[torch.bucketize(x.detach(), self.thresholds.to(x), right=True)]
+        return self.levels.to(x)[torch.bucketize(x.detach().contiguous(), self.thresholds.to(x), right=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
