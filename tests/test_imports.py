@@ -16,7 +16,10 @@ BELOW = {
     "grade": {"core", "methods", "lab", "view", "grade"},
     "house": {"house"},
 }
-OUTSIDE = {"core": {"constriction", "numpy", "torch", "torch_pruning"}, "methods": {"torch"}}  # beside the standard library; others may import anything
+OUTSIDE = {
+    "core": {"constriction", "numpy", "torch", "torch_pruning"},
+    "methods": {"torch"},
+}  # beside the standard library; others may import anything
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if len(p.relative_to(PACKAGE).parts) > 1)
 
 

@@ -82,14 +82,9 @@ def l1_norm_filter_pruning(w, *, p: Norm = 1):
     """Pruning by filter norm.
 
     s_n = ||w_n||_p, the sum of a filter's absolute weights: small filters make weak feature maps (survey 001, 2.1.2 [40]). The paper's
-    filter_sparsity is 1 - ``keep``, its norm_p is ``p``.
+    filter_sparsity is 1 - ``keep``, its norm_p is ``p``; its greedy strategy is ``prune_in_order`` (``lab.in_order``).
     """
     return w.flatten(1).norm(p, dim=1)
-
-
-def greedy_scores(w: Tensor, inputs_kept: Tensor, p: int = 1) -> Tensor:
-    """Li et al.'s greedy strategy, (out,): a filter's norm without its weights for input channels that an earlier layer no longer makes."""
-    return w[:, inputs_kept].flatten(1).norm(p, dim=1)
 
 
 def strongest(w: Tensor, keep: float, p: int) -> Tensor:
@@ -221,23 +216,17 @@ def lasso(z: Tensor, y: Tensor, lam: float) -> Tensor:
     return coordinate_descent(z.T @ z / len(z), z.T @ y / len(z), torch.tensor([lam]).to(z), 100_000, 1e-12)[:, 0]
 
 
-RIDGE = 1e-9  # pulls W' towards W, relative to the mean diagonal of X^T X / N: where X leaves W' open, it stays as it was
+def lasso_problem(next_acts_in: Tensor, next_w: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """G = Z^T Z / N and c = Z^T y / N for z_i = vec(X_i W_i^T), ||W_i||_F = 1.
 
-
-def _second_moment(x: Tensor) -> Tensor:
-    """X^T X / N of the next layer's inputs, (C k, C k), float64."""
-    x = x.double().flatten(1)
-    return x.T @ x / len(x)
-
-
-def lasso_problem(next_acts_in: Tensor, next_w: Tensor) -> tuple[Tensor, Tensor]:
-    """G = Z^T Z / N and c = Z^T y / N for z_i = vec(X_i W_i^T), ||W_i||_F = 1, and y = vec(X W^T), which beta_i = ||W_i||_F gives exactly."""
-    channels, w = next_w.shape[1], next_w.double()
-    norms = torch.linalg.vector_norm(w, dim=(0, 2))
-    w = (w / norms.clamp(min=torch.finfo(w.dtype).tiny)[:, None]).flatten(1)
-    products = _second_moment(next_acts_in) * (w.T @ w)  # <z_i, z_j> = sum_kl (X^T X)_ik,jl (W^T W)_ik,jl
+    ``y`` (N, outputs) is what the next layer should make; by default what it makes, X W^T, which beta_i = ||W_i||_F gives exactly.
+    """
+    channels, w, x = next_w.shape[1], next_w.double(), next_acts_in.double().flatten(1)
+    y = x @ w.flatten(1).T if y is None else y
+    w = (w / torch.linalg.vector_norm(w, dim=(0, 2)).clamp(min=torch.finfo(w.dtype).tiny)[:, None]).flatten(1)
+    products = (x.T @ x / len(x)) * (w.T @ w)  # <z_i, z_j> = sum_kl (X^T X)_ik,jl (W^T W)_ik,jl
     gram = products.unflatten(0, (channels, -1)).unflatten(2, (channels, -1)).sum((1, 3))
-    return gram, gram @ norms
+    return gram, ((x.T @ y / len(x)) * w.T).sum(1).unflatten(0, (channels, -1)).sum(1)
 
 
 def entry_points(gram: Tensor, target: Tensor, points: int = 200, decades: float = 4.0, sweeps: int = 300) -> Tensor:
@@ -255,15 +244,21 @@ def entry_points(gram: Tensor, target: Tensor, points: int = 200, decades: float
     return torch.where(inside.any(1), grid[first] + gap * size / b.max().clamp(min=torch.finfo(b.dtype).tiny) / 2, 0.0)
 
 
+RIDGE = 1e-9  # relative to the mean diagonal of X^T X / N
+
+
+def least_squares(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """argmin ||y - x W||^2 / N, (inputs, outputs), float64; where x leaves W open, a small ridge has it stay as it was, ``w``."""
+    gram = x.T @ x / len(x)
+    ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), x.T @ y / len(x) + ridge * w)
+
+
 def _refitted(rows, next_acts_in, next_w):
-    """The next layer's weight W' on the kept channels that gives Y = X W best: argmin ||Y - X' W'||^2 / N, by least squares."""
-    h = _second_moment(next_acts_in)
-    stays = rows.repeat_interleave(next_w.shape[2])
-    w = next_w.double().flatten(1).T
-    ridge = RIDGE * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny)
-    system = h[stays][:, stays] + ridge * torch.eye(int(stays.sum()), dtype=h.dtype, device=h.device)
+    """The next layer's weight W' on the kept channels that gives Y = X W best."""
+    x, w, stays = next_acts_in.double().flatten(1), next_w.double().flatten(1).T, rows.repeat_interleave(next_w.shape[2])
     fitted = torch.zeros_like(w)
-    fitted[stays] = torch.linalg.solve(system, h[stays] @ w + ridge * w[stays])
+    fitted[stays] = least_squares(x[:, stays], x @ w, w[stays])
     return fitted.T.reshape(next_w.shape).to(next_w)
 
 
@@ -273,7 +268,8 @@ def lasso_channel_pruning(next_acts_in, next_w):
 
     min ||Y - sum_i beta_i X_i W_i||^2 / (2 N) + lambda |beta|_1, ||W_i||_F = 1, Y what the next layer gives: s_i is the lambda at which channel i
     comes in as lambda falls (survey 001, 2.1.2 [50]). Least squares then gives the next layer the weight that rebuilds Y best from the channels that
-    stay. The paper raises lambda until c' coefficients are left; here that number is ``keep``.
+    stay. The paper raises lambda until c' coefficients are left; here that number is ``keep``. ``rebuild_in_order`` (``lab.in_order``) takes a whole
+    network layer after layer, as the paper does.
     """
     return entry_points(*lasso_problem(next_acts_in, next_w))
 

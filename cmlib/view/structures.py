@@ -27,6 +27,7 @@ from .plots import (
     DARK,
     GREY,
     MARKERS,
+    PALE,
     VERMILLION,
     _beside,
     _name_ends,
@@ -149,6 +150,49 @@ def pareto(runs: pd.DataFrame, published: pd.DataFrame | None = None, *, label: 
         for text in ax.texts[named:]:
             text.set(path_effects=[withStroke(linewidth=4, foreground="white")], zorder=4)
     return figure
+
+
+def error_curves(runs: pd.DataFrame, published: pd.DataFrame, *, dense: float | None = None, title: str = "") -> Figure:
+    """Error (log scale) against how many times fewer weights are left, an axes a family, all methods in each: its own in colour, the others pale.
+
+    ``runs`` has a line a run: family, method, seed, ratio, accuracy; lines are means over seeds, bands go from the lowest seed to the highest.
+    ``published`` has family, method, ratio, accuracy: hollow markers, named in their family. Dotted: the accuracy ``dense``.
+    """
+    _needs(runs, ("family", "method", "seed", "ratio", "accuracy"), "a line a run with family, method, seed, ratio and accuracy")
+    _needs(published, ("family", "method", "ratio", "accuracy"), "published figures with family, method, ratio and accuracy")
+    families = list(runs.family.unique())
+    figure, axes = plt.subplots(len(families), 1, figsize=(8.5, 0.6 + 3.5 * len(families)), sharex=True, sharey=True, squeeze=False)
+    plt.close(figure)
+    for ax, family in zip(axes[:, 0], families):
+        ax.set(yscale="log", ylabel="error")
+        for _, lines in runs.groupby("method"):
+            over = lines.groupby("ratio").accuracy.mean()
+            ax.plot(over.index, 1 - over, color=PALE, linewidth=1.2, zorder=0)
+        shared = ax.plot(published.ratio, 1 - published.accuracy, "o", color=GREY, fillstyle="none", label="published, on networks of their own")
+        if dense is not None:
+            shared.append(ax.axhline(1 - dense, color=GREY, linewidth=1.2, linestyle=":", label="dense, trained as long"))
+        ax.set_title(family)
+    _ratio_axis(axes[-1, 0], pd.concat([runs.ratio, published.ratio]), "ratio", "fewer weights")
+    for ax, family in zip(axes[:, 0], families):
+        _family(figure, ax, runs[runs.family == family], published[published.family == family])
+    axes[0, 0].legend(handles=shared, loc="upper left")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def _family(figure: Figure, ax: Axes, runs: pd.DataFrame, published: pd.DataFrame) -> None:
+    """A family's methods in colour, with their bands and names, and its published points by name."""
+    ticks = [t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9) if ax.get_ylim()[0] < t < ax.get_ylim()[1]]
+    log_axis(ax, "y", ticks)
+    percent(ax.yaxis)
+    ends = []
+    for (name, lines), colour, marker in zip(runs.groupby("method", sort=False), cycle(COLOURS), cycle(MARKERS)):
+        over = 1 - lines.groupby("ratio").accuracy.agg(["mean", "max", "min"])
+        ax.plot(over.index, over["mean"], color=colour, marker=marker, label=name)
+        ax.fill_between(over.index, over["max"], over["min"], color=colour, alpha=0.18, linewidth=0)
+        ends.append((over["mean"].iloc[-1], name, colour))
+    _name_ends(ax, ends, 0.085)
+    _name_points(figure, ax, [((row.ratio, 1 - row.accuracy, row.method), DARK) for row in published.itertuples()])
 
 
 def _ratio_axis(ax: Axes, values: pd.Series, kind: str, label: str) -> None:
