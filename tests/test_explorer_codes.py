@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import cmlib
 from cmlib.core.codes import Codes, grouped
@@ -183,6 +184,17 @@ def test_codes_of_what_pruning_left_show_both():
     total = sum(p.values.numel() for p in panel.state.plan.values())
     before = 8 * sum(sum(a.nbytes for a in p.arrays().values()) for p in panel.planner.previous.values()) / total
     assert rows["bits a covered weight"][0] == f"{before:.3g}"  # of the network as it was given
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize("key", ["ternary_weight_networks", "dorefa_net", "integer_only_quantization", "inq"])
+def test_a_layer_of_one_value_can_be_drawn(key, value):
+    net = load_net("mlp", "digits")
+    nn.init.constant_(net.fc2.weight, value)
+    panel = explore(key, net=net, data=cmlib.load_data("digits"), layer="fc2")
+    (card, *_), after = drawn(panel, "histogram"), weight(panel)[1]
+    json.dumps(panel.pictures(panel.state).cards, allow_nan=False)
+    assert [(v, n) for v, n, _ in card["sticks"] if n] == [(after[0, 0].item(), 320)] and sum(card["counts"]) == 320
 
 
 # The figures

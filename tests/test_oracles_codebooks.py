@@ -313,7 +313,9 @@ def test_negative_curvature_counts_as_none():
     signed = torch.where(torch.arange(100) % 3 == 0, -h, h)
     clipped = hessian_weighted_kmeans(w, signed.clamp(min=0), k=4).dense()
     assert torch.equal(hessian_weighted_kmeans(w, signed, k=4).dense(), clipped)
-    assert torch.equal(hessian_weighted_kmeans(w, -h, k=4).dense(), vq_gong(w, k=4).dense())  # where no weight has any, all are alike
+    for scheme in codebooks.WEIGHTED:  # where no weight has any, all are alike
+        none, ones = hessian_weighted_kmeans(w, -h, k=4, scheme=scheme), hessian_weighted_kmeans(w, h, k=4, scheme=scheme, hessian_source="ones")
+        assert torch.equal(none.dense(), ones.dense())
 
 
 def test_two_equal_shares_never_collapse_whatever_a_bit_costs():
@@ -444,7 +446,8 @@ def test_bases_start_at_the_even_levels_that_are_best_for_a_normal_variable():
 def test_inputs_go_to_the_nearest_level_of_their_basis():
     for seed in SEEDS:
         x = drawn(400, seed=seed) + 0.3 * seed
-        steps = lq_nets.acts(x, a_bits=3, qem_iterations=20)
+        crossed = {"v": torch.tensor([[1.5, 1.0, 2.0]], dtype=F64)}  # 1.5 before 1.0, and 2.5 before 2.0
+        steps = lq_nets.acts(x, a_bits=3, moving_average=0.99, state=crossed)
         sums = (steps.state["v"] @ codebooks.patterns(3, 0, x).T)[0]
         assert torch.equal(steps(x), sums[(x[:, None] - sums).abs().argmin(1)])
 
@@ -577,6 +580,13 @@ def test_a_product_with_any_level_is_a_shift():
         assert np.array_equal((level * x).numpy(), expected)
 
 
+def test_each_stage_turns_the_knob_and_trains_as_long_as_asked():
+    data = drawn(8, 5), drawn(8, 3)
+    for stages, frozen in ((((0.4, 2),), 6), (((0.4, 1), (0.8, 3)), 12), (((0.4, 0), (1.0, 0)), 15)):
+        model, runs = in_stages(linear(drawn(3, 5)), inq, data, "portion", stages, loss=half_mse, keep_best=False)
+        assert int(frozen_of(model)["0"][0].sum()) == frozen and [len(r.rows) for r in runs] == [epochs for _, epochs in stages]
+
+
 def staged(seed, digits, stages):
     model = build("mlp", "digits", seed=seed)
     fit(model, digits, epochs=6, lr=2e-2, seed=seed, keep_best=False)
@@ -706,8 +716,10 @@ def test_the_unit_follows_the_inputs_in_training():
 
 
 def test_inputs_without_anything_above_zero_stay_finite():
-    steps = half_wave(-torch.rand(50, dtype=F64), a_bits=2)
-    assert steps.levels.isfinite().all() and (steps(torch.zeros(3, dtype=F64)) == 0).all()
+    for backward in grids.SLOPES:
+        steps, x = half_wave(-torch.rand(50, dtype=F64), a_bits=2, backward=backward), torch.tensor([-1.0, 0.0, 1.0], dtype=F64, requires_grad=True)
+        steps(x).sum().backward()
+        assert steps.levels.isfinite().all() and (steps(x)[:2] == 0).all() and x.grad.isfinite().all() and (x.grad[:2] == 0).all()
 
 
 # stochastic_rounding_fixed_point
@@ -829,6 +841,13 @@ def test_weights_are_torch_s_fake_quantized_ones(bits):
         packed = integer_only_quantization(w, bits=bits, per="filter")
         scale, zero = parameters(packed)
         assert torch.equal(packed.dense(), torch.fake_quantize_per_channel_affine(w, scale, zero.int(), 0, 0, top))
+
+
+def test_halves_go_to_the_even_whole_number_before_the_zero_point_is_added():
+    w = torch.cat([torch.tensor([-77.0, 178.0]), torch.arange(-77, 178) + 0.5]) / 32  # scale 1 / 32, zero point 77
+    packed = integer_only_quantization(w)
+    assert packed.params.tolist() == [[1 / 32, 77.0]]
+    assert torch.equal(packed.dense(), torch.fake_quantize_per_tensor_affine(w, 1 / 32, 77, 0, 255))
 
 
 def test_inputs_are_torch_s_fake_quantized_ones():

@@ -704,6 +704,7 @@ def test_signed_networks_read_both_signs(net, data):
     other, before, read = signed(model), weighted(model), []
     after = weighted(other)
     assert list(after) == list(before) and all(torch.equal(after[n].weight, before[n].weight) for n in before)
+    assert not any(isinstance(m, nn.ReLU) for m in other.modules()) and all(after[n].weight is not before[n].weight for n in before)
     for layer in list(after.values())[1:]:
         layer.register_forward_pre_hook(lambda _, x: read.append(x[0]))
     logits = other.train()(torch.rand(64, *model.input_shape))

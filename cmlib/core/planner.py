@@ -31,6 +31,7 @@ from .select import Masks, Ranking, is_n_of_m, rank, to_units, to_weights
 from .wrapped import Sited
 
 PROVIDERS = LAYER_PROVIDERS | CHANNEL_PROVIDERS
+AS_THEY_ARE = 32  # bits of inputs that are not rounded
 INPUT_IMAGES = 128  # whose activations set the ranges of rounded inputs
 
 
@@ -168,6 +169,8 @@ class Planner:
         """The packed value with the rounding of its layer's inputs. The first layer reads the image, whose 8 bits are left as they are."""
         if self.method.acts is None or name == next(iter(weighted(self.model))):
             return self._as_before(name, packed)
+        if knobs.get("a_bits") == AS_THEY_ARE:
+            return packed
         given = call(self.method.acts, {"x": self.inputs.get(name), "training": False}, {**knobs, "state": None})
         return packed if given is None else Sited(packed, given)
 

@@ -94,7 +94,7 @@ class LayerView:
         span, what = 1.03 * max(self.widest, np.abs(values).max()), levels_text(packed)
         sticks, before = _sticks(values, counts, span), self.wide_counts.copy()
         before[BINS // 2] -= len(self.sizes) - packed.kept  # what pruning had removed: zeros
-        caption = f"weights before (grey) and at {what} (sticks), √ count · {self.label}"
+        caption = f"weights before (grey) and at {what} (sticks), √\u00a0count · {self.label}"
         label = "" if len(what) > ROOM or any(text for *_, text in sticks) else what
         listed = [f"{v:.3g}: {n:,.0f}" for v, n, _ in sticks] if len(sticks) <= LISTED else []
         card = {"kind": "histogram", "caption": caption, "edges": [-self.widest, self.widest], "span": [-span, span], "counts": before.tolist()}
@@ -120,9 +120,9 @@ class LayerView:
         order, filled, starts = self._by_value
         found, error, own = after.flatten().numpy()[order], (self.weight - after).square().mean().item(), self.weight.square().mean().item()
         share = 100 * error / max(own, 1e-30)
-        caption = f"value before → after; mean squared error {error:.2g}, {share:{',.0f' if share > 10 else '.2g'}} % of the weights' mean square"
+        loss = f"{error:.2g}, {share:{',.0f' if share > 10 else '.2g'}}\u00a0% of the weights' mean square"
         steps = filled, np.minimum.reduceat(found, starts), np.maximum.reduceat(found, starts)
-        return _stairs(caption, (-self.widest, self.widest), *steps)
+        return _stairs(f"value before → after; mean squared error {loss}", (-self.widest, self.widest), *steps)
 
     def pictures(self, w: Tensor) -> Tensor | None:
         """The first units as small images (n, h, w) with 128 for zero: filters of a convolution, input images of a first dense layer."""
@@ -199,29 +199,27 @@ def _sticks(values: np.ndarray, counts: np.ndarray, span: float) -> list[list[An
 
 def share_text(share: float) -> str:
     """A share in whole percent, and whether there is less than one."""
-    return "<1 %" if share < 0.005 else f"{100 * share:.0f} %"
+    return "<1\u00a0%" if share < 0.005 else f"{100 * share:.0f}\u00a0%"
 
 
 def _stairs(caption: str, edges: tuple[float, float], filled: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
     """A staircase: over bar number ``filled`` of those between ``edges`` the values from ``low`` to ``high``."""
     alt = f"{caption}: {low[0]:.3g} to {high[-1]:.3g}, in steps"
-    return {"kind": "stairs", "caption": caption, "alt": alt, "edges": list(edges), "bins": BINS,
-            "steps": np.stack([filled, low, high], 1).tolist()}  # fmt: skip
+    steps = np.stack([filled, low, high], 1).tolist()
+    return {"kind": "stairs", "caption": caption, "alt": alt, "edges": list(edges), "bins": BINS, "steps": steps}
 
 
 def input_stairs(out: Cards, name: str, packed: Packed) -> None:
     """What each input of the layer is rounded to, where it is."""
-    if not input_bits(packed):
+    if input_bits(packed) is None:
         return
     given = packed.input
     bottom, top = given.rounded(torch.tensor([-1e30, 1e30])).tolist()
     room = 0.15 * max(top - bottom, 1e-12)
     edges = min(bottom, 0.0) - room, top + room
-    y, more = (
-        given.rounded(torch.linspace(*edges, BINS + 1)).numpy(),
-        ", times the mean size of the inputs that an output sees" if given.spread else "",
-    )
-    out.add(_stairs(f"what {name} reads of an input: {given.count:,} levels{more}", edges, np.arange(BINS), y[:-1], y[1:]))
+    y = given.rounded(torch.linspace(*edges, BINS + 1)).numpy()
+    caption = f"what {name} reads of an input: {given.count:,} levels{', times the mean |input| that an output sees' if given.spread else ''}"
+    out.add(_stairs(caption, edges, np.arange(BINS), y[:-1], y[1:]))
 
 
 def feature_maps(model: nn.Module, layer: str, x: Tensor, weights: dict[str, Tensor] | None = None, inputs: Inputs | None = None) -> Tensor | None:
