@@ -86,7 +86,7 @@ def by_bits(series: Mapping[str, tuple[Sequence[int], Any]], *, title: str = "",
 
 
 def weight_pictures(versions: Mapping[str, Any], count: int = 10, *, title: str = "") -> Figure:
-    """The first filters of one convolution, a row a version {name: weight (out, in, h, w)}, first input channel; one colour scale, 0 in its middle."""
+    """The first filters of one convolution, a row a version {name: weight (out, in, h, w)}, first input channel, on one scale."""
     found = {name: np.asarray(getattr(w, "detach", lambda w=w: w)())[:count, 0] for name, w in versions.items()}
     reach = max(float(np.abs(w).max()) for w in found.values()) or 1.0
     figure, ax = canvas(height=0.9 + 0.8 * len(found))
