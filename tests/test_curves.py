@@ -48,11 +48,14 @@ def test_whole_filters_keep_the_root_of_the_share_and_are_counted_with_their_inp
     assert curves.weights(lenet) == 430_500
 
 
-def test_methods_that_lenet_has_nothing_for_say_so_themselves(monkeypatch):
-    monkeypatch.setattr(curves, "methods", lambda: ["magnitude_pruning_han", "optimal_brain_surgeon", "network_slimming"])
-    found = curves.refused()
-    assert list(found) == ["optimal_brain_surgeon", "network_slimming"]
-    assert "430,500 covered weights" in found["optimal_brain_surgeon"] and "bn_gamma" in found["network_slimming"]
+def test_methods_say_themselves_which_layers_they_judge_and_what_is_missing(monkeypatch):
+    keys = ["magnitude_pruning_han", "l1_norm_filter_pruning", "network_trimming_apoz", "optimal_brain_surgeon", "network_slimming"]
+    monkeypatch.setattr(curves, "methods", lambda: keys)
+    layers, refusals = curves.reach()
+    every = ["conv1", "conv2", "fc1", "fc2"]
+    assert layers == {keys[0]: every, keys[1]: every[:3], keys[2]: ["fc1"]}  # the outputs stay; a ReLU is behind fc1 alone
+    assert list(refusals) == keys[3:]
+    assert "430,500 covered weights" in refusals["optimal_brain_surgeon"] and "bn_gamma" in refusals["network_slimming"]
 
 
 @pytest.mark.parametrize("key", ["magnitude_pruning_han", "soft_filter_pruning"])

@@ -190,9 +190,9 @@ def test_spread_is_the_mean_size_of_what_an_output_sees():
 
 def test_spread_scales_what_the_signs_give():
     x = drawn(4, 144)
-    layer = nn.Linear(144, 3, bias=False)
+    layer = nn.Linear(144, 3)
     model = nn.Sequential(layer)
     with inputs_at(model, {"0": Steps(torch.zeros(1), torch.tensor([-1.0, 1.0]), spread=True)}):
         found = model(x)
     signs = torch.where(x >= 0, 1.0, -1.0)
-    assert torch.allclose(found, F.linear(signs, layer.weight) * x.abs().mean(1, keepdim=True), atol=1e-6)
+    assert torch.allclose(found, F.linear(signs, layer.weight) * x.abs().mean(1, keepdim=True) + layer.bias, atol=1e-6)

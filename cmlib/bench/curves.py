@@ -51,20 +51,20 @@ POINTS: dict[str, list[dict[str, Any]]] = {  # knobs in place of a share, for me
 
 def curves() -> Iterator[str]:
     """Validation error at four places of each method's curve."""
-    refusals = refused()
-    for key in (DENSE, *methods()):
-        for seed in seeds(key) if key not in refusals else ():
+    layers, refusals = reach()
+    for key in (DENSE, *layers):
+        for seed in seeds(key):
             run(key, seed)
     yield from heading(
         f"LeNet-5 on MNIST by every method of chapters 02 and 03: how many times fewer weights, and validation error after {EPOCHS} epochs of "
         f"{IMAGES:,} images; mean ± standard deviation of three seeds, one seed where the mask is learned",
-        "method", *(f"point {i}" for i in range(1, len(SHARES) + 1)),
+        "method", "layers", *(f"point {i}" for i in range(1, len(SHARES) + 1)),
     )  # fmt: skip
     for key, lines in table().groupby("key", sort=False):
         cells = [f"{ratio:.1f}×: {_percent(1 - point.accuracy)}" for ratio, point in lines.groupby("ratio")]
-        yield line(key, *cells, *[""] * (len(SHARES) - len(cells)))
+        yield line(key, ", ".join(layers.get(key, ())), *cells, *[""] * (len(SHARES) - len(cells)))
     for key, why in refusals.items():
-        yield line(key, f"not applicable: {why}", *[""] * (len(SHARES) - 1))
+        yield line(key, "none", f"not applicable: {why}", *[""] * (len(SHARES) - 1))
     yield f"\n{trained(runs.table('curves'))}"
 
 
@@ -82,15 +82,17 @@ def seeds(key: str) -> tuple[int, ...]:
     return SEEDS if key == DENSE or find(key).selects else SEEDS[:1]
 
 
-def refused() -> dict[str, str]:
-    """{method: what it says} of those that LeNet-5 has nothing for."""
-    net, data, found = load_net(NET, DATA), load_data(DATA), {}
+def reach() -> tuple[dict[str, list[str]], dict[str, str]]:
+    """{method: the layers that it has something to say of}, and {method: what it says itself} of those that LeNet-5 has nothing for."""
+    net, data, layers, refusals = load_net(NET, DATA), load_data(DATA), {}, {}
     for key in methods():
         try:
-            Planner(net, find(key), data=data)
+            planner = Planner(net, find(key), data=data)
+            found = [n for g in planner.structure.groups for n in g.makers] if whole_filters(find(key)) else planner.layers
+            layers[key] = [n for n in planner.layers if n in found]
         except ValueError as error:
-            found[key] = str(error)
-    return found
+            refusals[key] = str(error)
+    return layers, refusals
 
 
 def table() -> pd.DataFrame:

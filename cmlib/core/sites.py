@@ -190,7 +190,8 @@ def _before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
     site = layer.input_site
     if site.read is not None:
-        out, site.read = out * spread_of(layer, site.read), None
+        bias = 0 if layer.bias is None else layer.bias.reshape(-1, *[1] * (layer.weight.dim() - 2))
+        out, site.read = (out - bias) * spread_of(layer, site.read) + bias, None
     return Rounded.apply(out, site.errors) if site.errors is not None and site.training and torch.is_grad_enabled() else out
 
 

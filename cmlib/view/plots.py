@@ -116,13 +116,14 @@ def _beside(ax: Axes, x: float, y: float, text: str, colour: str = DARK, shift: 
     ax.annotate(text, (x, y), xytext=shift, va="center", color=colour, fontsize=12, **where, **style)
 
 
-def _name_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Each line's name beside its last point, pushed apart where names would lie on one another."""
-    low, high = ax.get_ylim()
-    gap, last = 0.068 * (high - low), -np.inf
+def _name_ends(ax: Axes, ends: list[tuple[float, str, str]], gap: float = 0.068) -> None:
+    """Each line's name beside its last point, pushed apart by ``gap`` of the axes' height where names would lie on one another."""
+    scale = ax.yaxis.get_transform()
+    low, high = scale.transform(np.array(ax.get_ylim()))
+    last = -np.inf
     for y, name, colour in sorted(ends):
-        last = max(y, last + gap)
-        _beside(ax, 1, last, name, colour, fontweight="bold")
+        last = max(float(scale.transform(np.array([y]))[0]), last + gap * (high - low))
+        _beside(ax, 1, float(scale.inverted().transform(np.array([last]))[0]), name, colour, fontweight="bold")
 
 
 def dots(groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validation images", title: str = "", marked: Sequence[str] = ()) -> Figure:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from .plots import AMBER, BLUE, COLOURS, DARK, GREY, MARKERS, PALE, VERMILLION, _beside, _name_ends, canvas, curves, percent
+from .plots import AMBER, BLUE, COLOURS, DARK, GREY, MARKERS, PALE, VERMILLION, canvas, curves, percent
 
 Fields = Sequence[tuple[str, str]]  # what a run of bits says, and the bits
 
@@ -46,7 +46,8 @@ def bit_rows(rows: Mapping[str, Fields], *, title: str = "") -> Figure:
     for kind, look in looks.items():
         ax.add_patch(Rectangle((0, 0), 0, 0, label=kind, **look))
     ax.set_yticks(range(len(rows)), list(rows))
-    ax.set(xlim=(0, max(sum(len(bits) for _, bits in f) for f in rows.values())), ylim=(len(rows) - 0.4, -0.6), xlabel="bit", title=title)
+    longest = max(sum(len(bits) for _, bits in fields) for fields in rows.values())
+    ax.set(xlim=(0, longest), ylim=(len(rows) - 0.4, -0.6), xlabel="bits of the number", title=title)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ax.legend(loc="lower right", ncols=2)
@@ -63,8 +64,6 @@ def levels_histogram(w: Any, levels: Mapping[str, Sequence[float]], *, title: st
     for row, (name, colour) in enumerate(zip(levels, cycle(COLOURS))):
         at = np.asarray(levels[name], float)
         rows.vlines(at, row - 0.33, row + 0.33, color=colour, linewidth=2.4)
-        for x in at[: 33 if len(at) <= 33 else 0]:
-            top.axvline(x, color=colour, linewidth=0.9, alpha=0.5 if len(levels) == 1 else 0)
     rows.set_yticks(range(len(levels)), list(levels))
     rows.set(ylim=(len(levels) - 0.5, -0.5), xlim=(-reach, reach), xlabel="weight value (no unit); each stroke is a level")
     rows.tick_params(axis="y", length=0)
@@ -128,30 +127,30 @@ def stand_ins(pairs: Mapping[str, tuple[Line, Line]], truth: Line, *, name: str 
 
 def flow(rows: Mapping[str, Sequence[tuple[str, bool]]], shortcuts: Mapping[str, tuple[int, int]] | None = None, *, title: str = "") -> Figure:
     """A chain of boxes a row, {name: [(text, whether what leaves it is one bit)]}; an arc from box i to box j for ``shortcuts`` {name: (i, j)}."""
-    figure, ax = canvas(height=0.9 + 1.05 * len(rows))
+    figure, ax = canvas(height=1.1 + 0.95 * len(rows))
     for y, (name, boxes) in enumerate(rows.items()):
         for x, (text, one_bit) in enumerate(boxes):
-            look = {"facecolor": "#FCE8C3", "hatch": None, "edgecolor": AMBER} if one_bit else {"facecolor": "white", "edgecolor": BLUE}
-            ax.add_patch(Rectangle((x + 0.04, y - 0.28), 0.76, 0.56, linewidth=2, **look))
+            colour, style = (AMBER, ":") if one_bit else (BLUE, "-")
+            ax.add_patch(Rectangle((x + 0.04, y - 0.3), 0.76, 0.6, linewidth=2, edgecolor=colour, facecolor="#FCE8C3" if one_bit else "white"))
             ax.text(x + 0.42, y, text, ha="center", va="center", fontsize=12)
             if x + 1 < len(boxes):
-                colour, style = (AMBER, ":") if one_bit else (BLUE, "-")
-                ax.add_patch(
-                    FancyArrowPatch((x + 0.8, y), (x + 1.04, y), arrowstyle="-|>", mutation_scale=12, color=colour, linestyle=style, linewidth=2)
-                )
-        for i, j in [shortcuts[name]] if shortcuts and name in shortcuts else []:
-            arc = FancyArrowPatch((i + 0.42, y - 0.28), (j + 0.42, y - 0.28), connectionstyle="arc3,rad=-0.18", arrowstyle="-|>", mutation_scale=14,
-                                  color=BLUE, linewidth=2)  # fmt: skip
-            ax.add_patch(arc)
+                _arrow(ax, (x + 0.8, y), (x + 1.04, y), color=colour, linestyle=style)
+        if shortcuts and name in shortcuts:
+            i, j = shortcuts[name]
+            _arrow(ax, (i + 0.42, y + 0.3), (j + 0.42, y + 0.3), color=BLUE, connectionstyle="arc3,rad=0.1")
     for colour, style, label in ((BLUE, "-", "real numbers"), (AMBER, ":", "one bit each")):
         ax.plot([], [], color=colour, linestyle=style, linewidth=3, label=label)
     ax.set_yticks(range(len(rows)), list(rows))
-    ax.set(xlim=(0, max(map(len, rows.values()))), ylim=(len(rows) - 0.45, -0.75), xticks=[], title=title)
+    ax.set(xlim=(0, max(map(len, rows.values()))), ylim=(len(rows) - 0.2, -0.4), xticks=[], title=title)
     ax.set_xlabel("from a layer's inputs to the next layer's")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, linewidth=2, shrinkA=0, shrinkB=0, **style))
 
 
 def clipped_ranges(centers: Any, counts: Any, tops: Mapping[str, float], *, title: str = "", x: str = "value of an input") -> Figure:
@@ -160,12 +159,12 @@ def clipped_ranges(centers: Any, counts: Any, tops: Mapping[str, float], *, titl
     seen = np.flatnonzero(counts)
     low, high = centers[seen[0]], centers[seen[-1]]
     edges = np.linspace(min(low, 0.0), high, 90)
-    figure, ax = canvas(height=3.9)
+    figure, ax = canvas(height=4.2)
     ax.hist(centers, edges, weights=counts, color=PALE, edgecolor=GREY, linewidth=0.4)
     for (name, top), colour, style in zip(tops.items(), cycle((VERMILLION, BLUE, DARK, AMBER)), cycle(("--", "-", ":", "-."))):
         ax.axvline(top, color=colour, linestyle=style, linewidth=2.4, label=f"{name}: up to {top:.2f}")
     ax.set(yscale="log", xlabel=x, ylabel="inputs per bin", title=title)
-    ax.legend(loc="upper right")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -191,13 +190,12 @@ def bits_plan(table: pd.DataFrame, chosen: Mapping[str, int], *, title: str = ""
     lost = lost[sorted(lost, reverse=True)]
     figure, ax = canvas(height=1.4 + 0.42 * len(lost))
     top = max(float(lost.to_numpy().max()), 1e-9)
-    drawn = ax.imshow(lost, cmap="Greys", vmin=0, vmax=1.6 * top, aspect="auto")
+    ax.imshow(lost, cmap="Greys", vmin=0, vmax=1.3 * top, aspect="auto")
     for y, (layer, row) in enumerate(lost.iterrows()):
         for x, (bits, points) in enumerate(row.items()):
-            ax.text(x, y, f"{points:.1f}", ha="center", va="center", fontsize=12, color="white" if points > top else DARK)
+            ax.text(x, y, f"{points:.1f}", ha="center", va="center", fontsize=12, color="white" if points > 0.8 * top else DARK)
             if chosen.get(layer) == bits:
                 ax.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=VERMILLION, linewidth=3))
-    drawn.set_clim(0, 1.6 * top)
     ax.set_xticks(range(lost.shape[1]), list(lost))
     ax.set_yticks(range(len(lost)), list(lost.index))
     ax.set(xlabel="bits of this layer, all others as they were (frame: chosen)", ylabel="layer", title=title)
@@ -218,21 +216,6 @@ def code_use(shares: Sequence[float], lengths: Sequence[int], fixed: int, *, tit
     top.axhline(fixed, color=VERMILLION, linestyle=":", label=f"{fixed} bits, whatever the code")
     for x, bits in zip(at, lengths):
         top.annotate(f"{bits}", (x, bits), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=12)
-    top.set(ylabel="bits", title=title, ylim=(0, 1.35 * max(*lengths, fixed)))
-    top.legend(loc="upper right")
-    return figure
-
-
-def freezing(steps: Sequence[int], shares: Mapping[str, Sequence[float]], accuracies: Sequence[float], *, title: str = "") -> Figure:
-    """Accuracy after each step of training (above) and which share of the weights is what by then (below, stacked)."""
-    figure, (top, ax) = stack(2.5, 1.9, sharex=True)
-    top.plot(steps, accuracies, color=BLUE, marker="o")
-    percent(top.yaxis)
-    top.set(ylabel="accuracy", title=title)
-    ax.stackplot(steps, *shares.values(), labels=list(shares), colors=(VERMILLION, PALE, AMBER), step="mid" if len(steps) < 2 else None)
-    percent(ax.yaxis)
-    ax.set(xlabel="stage", ylabel="share of weights", ylim=(0, 1))
-    ax.legend(loc="upper left")
-    _name_ends(top, [])
-    _beside(top, 1, accuracies[-1], f"{100 * accuracies[-1]:.1f} %", BLUE)
+    top.set(ylabel="bits", title=title, ylim=(0, 1.7 * max(*lengths, fixed)))
+    top.legend(loc="upper center")
     return figure
