@@ -234,7 +234,8 @@ def test_accuracy_with_rounded_inputs(digits, cnn_live, given, name):
     if given.spread:
         seen = []
         layer.register_forward_pre_hook(lambda m, x: seen.append(x[0]), prepend=True)
-        layer.register_forward_hook(lambda m, x, out: out * spread(m, seen.pop()))
+        bias = layer.bias.detach().reshape(-1, *[1] * (layer.weight.dim() - 2)) if layer.bias is not None else 0
+        layer.register_forward_hook(lambda m, x, out: (out - bias) * spread(m, seen.pop()) + bias)
     with torch.no_grad():
         answers = model(as_input(digits.validation[0])).argmax(1)
     assert torch.equal(cnn_live.answers({}, {name: given}), answers[cnn_live.order])

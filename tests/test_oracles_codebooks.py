@@ -24,7 +24,8 @@ from cmlib.core.codes import Codes, Sum, nearest_level
 from cmlib.core.planner import gather
 from cmlib.core.sites import site_of
 from cmlib.core.wrapped import entropy_coded
-from cmlib.lab.calibrate import fold_batch_norm, weight_affine
+from cmlib.lab.calibrate import fold_batch_norm
+from cmlib.lab.ranges import weight_affine
 from cmlib.lab.stages import in_stages, turn
 from cmlib.lab.train import fit
 from cmlib.lab.verbs import compress

@@ -222,13 +222,13 @@ def input_stairs(out: Cards, name: str, packed: Packed) -> None:
     out.add(_stairs(caption, edges, np.arange(BINS), y[:-1], y[1:]))
 
 
-def feature_maps(model: nn.Module, layer: str, x: Tensor, weights: dict[str, Tensor] | None = None, inputs: Inputs | None = None) -> Tensor | None:
+def feature_maps(model: nn.Module, layer: str, x: Tensor, weights: dict[str, Tensor], inputs: Inputs) -> Tensor | None:
     """The first maps (n, h, w) that a convolution makes of one image, with ``weights`` in place and layers' ``inputs`` rounded."""
     seen: list[Tensor] = []
-    with torch.no_grad(), inputs_at(model, inputs or {}):
+    with torch.no_grad(), inputs_at(model, inputs):
         handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: seen.append(o))  # after the hook of a rounded input
         try:
-            torch.func.functional_call(model, weights or {}, (x,))
+            torch.func.functional_call(model, weights, (x,))
         finally:
             handle.remove()
     return seen[0][0, :UNITS].cpu() if seen and seen[0].dim() == 4 else None

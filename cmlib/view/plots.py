@@ -215,10 +215,10 @@ def points(groups: Mapping[str, Named], *, x: str, y: str, title: str = "", tick
 AROUND = ((10, 0, "left"), (-10, 0, "right"), (6, 13, "left"), (6, -13, "left"), (-6, 13, "right"), (-6, -13, "right"), (0, 24, "center"))
 
 
-def _name_points(figure: Figure, ax: Axes, found: list[tuple[tuple[float, float, str], str]]) -> None:
-    """Each point's name at the first place around it where it hides no other name or point."""
+def _name_points(figure: Figure, ax: Axes, found: list[tuple[tuple[float, float, str], str]], others: Sequence[tuple[float, float]] = ()) -> None:
+    """Each point's name at the first place around it where it hides no other name or point, ``others`` included, which have no name."""
     figure.draw_without_rendering()
-    spots = [Bbox.from_bounds(*(ax.transData.transform(p[:2]) - 8), 16, 16) for p, _ in found]
+    spots = [Bbox.from_bounds(*(ax.transData.transform(p[:2]) - 8), 16, 16) for p in [*(p for p, _ in found), *others]]
     taken: list[Bbox] = []
     for i, ((x, y, name), colour) in enumerate(found):
         for *shift, side in AROUND:

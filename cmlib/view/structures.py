@@ -174,25 +174,27 @@ def error_curves(runs: pd.DataFrame, published: pd.DataFrame, *, dense: float | 
         ax.set_title(family)
     _ratio_axis(axes[-1, 0], pd.concat([runs.ratio, published.ratio]), "ratio", "fewer weights")
     for ax, family in zip(axes[:, 0], families):
-        _family(figure, ax, runs[runs.family == family], published[published.family == family])
+        _family(figure, ax, runs[runs.family == family], published.assign(named=published.family == family))
     axes[0, 0].legend(handles=shared, loc="upper left")
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 def _family(figure: Figure, ax: Axes, runs: pd.DataFrame, published: pd.DataFrame) -> None:
-    """A family's methods in colour, with their bands and names, and its published points by name."""
+    """A family's methods in colour, with their bands and names, and its published points (those to be ``named``) by name."""
     ticks = [t for t in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9) if ax.get_ylim()[0] < t < ax.get_ylim()[1]]
     log_axis(ax, "y", ticks)
     percent(ax.yaxis)
-    ends = []
+    ends, others = [], [(row.ratio, 1 - row.accuracy) for row in published[~published.named].itertuples()]
     for (name, lines), colour, marker in zip(runs.groupby("method", sort=False), cycle(COLOURS), cycle(MARKERS)):
         over = 1 - lines.groupby("ratio").accuracy.agg(["mean", "max", "min"])
         ax.plot(over.index, over["mean"], color=colour, marker=marker, label=name)
         ax.fill_between(over.index, over["max"], over["min"], color=colour, alpha=0.18, linewidth=0)
         ends.append((over["mean"].iloc[-1], name, colour))
+        others += zip(over.index, over["mean"])
     _name_ends(ax, ends, 0.085)
-    _name_points(figure, ax, [((row.ratio, 1 - row.accuracy, row.method), DARK) for row in published.itertuples()])
+    named = [((row.ratio, 1 - row.accuracy, row.method), DARK) for row in published[published.named].itertuples()]
+    _name_points(figure, ax, named, others)
 
 
 def _ratio_axis(ax: Axes, values: pd.Series, kind: str, label: str) -> None:

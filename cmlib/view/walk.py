@@ -27,10 +27,11 @@ from ..core.bake import bake
 from ..core.channels import UntraceableError
 from ..core.method import Method
 from ..core.planner import PROVIDERS, Planner
+from ..core.sites import detach_site
 from ..lab.cost import multiply_adds
 from ..lab.data import Data
 from ..lab.files import length, save, sizes
-from ..lab.measure import codes_in, latency
+from ..lab.measure import codes_in, input_bits, latency
 from ..lab.train import predict
 from ..lab.zoo import checkpoint, load_net
 from ..methods import catalog
@@ -66,6 +67,9 @@ class Walk:
         self.planner = Planner(net, self.method, where=self.where, data=self.data)
         self._seen: OrderedDict[tuple, tuple[Plan, list[str]]] = OrderedDict()
         self.live = Live(net, self.data, part=self.part)
+        self.rounded = {n: p.input for n, p in self.planner.previous.items() if n in self.planner.layers and input_bits(p) is not None}
+        for name in self.rounded:  # a plan says itself what its layers read
+            detach_site(self.live.model.get_submodule(name))
         size = sizes_of(net)
         self.header_bytes = size["header"]
         covered = {n: size["layers"].get(n, w.nbytes) for n, w in self.planner.weights.items()}
@@ -170,9 +174,10 @@ class Walk:
     def _feature_maps(self, out: cards.Cards, state: State) -> None:
         x = self.live.starts[0][0][:1]
         if self.layer not in self.maps:
-            self.maps[self.layer] = cards.feature_maps(self.pictured, self.layer, x) if self.views[self.layer].weight.dim() == 4 else None
+            conv = self.views[self.layer].weight.dim() == 4
+            self.maps[self.layer] = cards.feature_maps(self.pictured, self.layer, x, {}, self.rounded) if conv else None
         if self.maps[self.layer] is not None:
-            model, *changes = (state.net,) if state.net else (self.pictured, state.weights, state.inputs)
+            model, *changes = (state.net, {}, {}) if state.net else (self.pictured, state.weights, state.inputs)
             cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(model, self.layer, x, *changes))
 
     # what is said of it -----------------------------------------------------------------------------------------
