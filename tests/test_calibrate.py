@@ -161,8 +161,8 @@ def test_simulated_layers_compute_with_codes_and_the_original_is_untouched(digit
     ranges = {"fc2": (-0.2, 4.0)}  # fc1 is left as it is
     net = calibrate.simulated(model, ranges, bits=3, per="filter")
     a = weight_affine(model.fc2.weight, 3, "filter")
-    inside = affine(-0.2, 4.0, 3).fake(F.relu(model.fc1(x.flatten(1))))
-    assert torch.equal(net(x), F.linear(inside, a.fake(model.fc2.weight), model.fc2.bias))
+    inside = affine(-0.2, 4.0, 3).rounded(F.relu(model.fc1(x.flatten(1))))
+    assert torch.equal(net(x), F.linear(inside, a.rounded(model.fc2.weight), model.fc2.bias))
     assert torch.equal(model.fc1.weight, before) and not model.fc2._forward_pre_hooks and torch.equal(net.fc1.weight, before)
 
 

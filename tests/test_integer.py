@@ -183,7 +183,7 @@ def test_the_integer_path_is_the_fake_quantized_float_path_to_one_code():
     moved = 0
     for seed in range(320):
         layer, whole, (weight, into, out), codes = random_layer(seed, conv=seed % 4 == 0, wide=0.7)
-        x, w = into.dequantize(codes), weight.fake(layer.weight.detach())
+        x, w = into.dequantize(codes), weight.rounded(layer.weight.detach())
         y = F.conv2d(x, w, layer.bias, **whole.how) if seed % 4 == 0 else F.linear(x, w, layer.bias)
         difference = (whole(codes).int() - out.quantize(y.detach())).abs()
         assert difference.max() <= 1

@@ -22,7 +22,7 @@ from cmlib.core import clusters
 from cmlib.core.apply import Hook, attached, latent, plan_of
 from cmlib.core.codes import Codes, Sum, nearest_level
 from cmlib.core.planner import gather
-from cmlib.core.sites import site_of
+from cmlib.core.sites import affine, site_of
 from cmlib.core.wrapped import entropy_coded
 from cmlib.lab.calibrate import fold_batch_norm
 from cmlib.lab.ranges import weight_affine
@@ -919,13 +919,13 @@ def test_zero_is_exact_for_any_range():
     for _ in range(500):
         low, high = torch.sort(10.0 ** (4 * torch.rand((), generator=draw)) * torch.randn(2, generator=draw)).values
         for count in (4, 16, 256):
-            scale, zero = grids.affine(low, high, count)
-            assert 0 <= zero <= count - 1 and zero == zero.round()
-            q = ((torch.zeros(()) * (1 / scale)).round() + zero).clamp(0, count - 1)
-            assert scale * (q - zero) == 0
-    scale, zero = grids.affine(torch.tensor(1.0), torch.tensor(2.0), 256)
-    assert zero == 0 and scale * 255 == 2  # a range that has no 0 is widened first: else Z is clamped and 2 becomes 1
-    assert tuple(grids.affine(torch.tensor(0.0), torch.tensor(0.0), 256)) == (1, 0)
+            grid = affine(low, high, count)
+            assert 0 <= grid.zero <= count - 1 and grid.zero == grid.zero.round()
+            assert grid.quantize(torch.zeros(())) == grid.zero and grid.rounded(torch.zeros(())) == 0
+    grid = affine(torch.tensor(1.0), torch.tensor(2.0), 256)
+    assert grid.zero == 0 and grid.scale * 255 == 2  # a range that has no 0 is widened first: else Z is clamped and 2 becomes 1
+    grid = affine(torch.tensor(0.0), torch.tensor(0.0), 256)
+    assert (grid.scale, grid.zero) == (1, 0)
     w = torch.tensor([[0.0, 0.0], [0.0, 0.3], [-0.5, -0.5]])
     assert torch.allclose(integer_only_quantization(w, per="filter").dense(), w, rtol=0, atol=1e-7)
 

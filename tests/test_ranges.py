@@ -47,7 +47,7 @@ def test_squared_error_is_the_best_of_a_hundred_ranges(bits):
     top = x.abs().max().item()
 
     def lost(t):
-        return (affine(max(x.min().item(), -t), min(x.max().item(), t), bits).fake(x) - x).square().mean().item()
+        return (affine(max(x.min().item(), -t), min(x.max().item(), t), bits).rounded(x) - x).square().mean().item()
 
     lo, hi = ranges.squared_error(histogram(x), bits)
     found, best = lost(max(-lo, hi)), min(lost(top * i / 100) for i in range(1, 101))
@@ -124,7 +124,7 @@ def test_to_codes_and_back_is_torchs_fake_quantization_bit_for_bit():
         a, x = affine(lo, hi, bits), torch.randn(500, generator=draw) * 3
         x = torch.cat([x, (torch.arange(0, 40) - 20 + 0.5) * a.scale])  # halves on purpose
         expected = torch.fake_quantize_per_tensor_affine(x, a.scale.item(), int(a.zero), 0, 2**bits - 1)
-        assert torch.equal(a.fake(x), expected)
+        assert torch.equal(a.rounded(x), expected)
 
 
 def test_codes_a_filter_are_torchs_too():
@@ -132,18 +132,18 @@ def test_codes_a_filter_are_torchs_too():
     for bits in (2, 4, 8):
         a = ranges.weight_affine(w, bits, "filter")
         expected = torch.fake_quantize_per_channel_affine(w, a.scale.flatten(), a.zero.flatten(), 0, 0, 2**bits - 1)
-        assert torch.equal(a.fake(w), expected)
+        assert torch.equal(a.rounded(w), expected)
 
 
 @pytest.mark.parametrize("lo, hi", [(-1.0, 1.0), (-0.3, 5.1), (1.0, 2.0), (-7.0, -3.0), (0.0, 1e-20), (-1e20, 3.0), (-1.0, 0.0)])
 @pytest.mark.parametrize("bits", [1, 2, 8, 16])
 def test_zero_is_exact_and_no_number_in_range_moves_more_than_half_a_step(lo, hi, bits):
     a = affine(lo, hi, bits)
-    assert a.quantize(torch.zeros(1)).item() == a.zero and a.fake(torch.zeros(1)).item() == 0
+    assert a.quantize(torch.zeros(1)).item() == a.zero and a.rounded(torch.zeros(1)).item() == 0
     assert 0 <= a.zero <= 2**bits - 1
     ends = a.dequantize(torch.tensor([0, 2**bits - 1]))
     x = torch.linspace(float(ends[0]), float(ends[1]), 999)  # the range that the nudged zero point gives
-    assert (a.fake(x) - x).abs().max() <= 0.5 * a.scale * (1 + 1e-5) + 3e-7 * x.abs().max()
+    assert (a.rounded(x) - x).abs().max() <= 0.5 * a.scale * (1 + 1e-5) + 3e-7 * x.abs().max()
     assert float(ends[0]) == pytest.approx(min(lo, 0), abs=0.51 * float(a.scale)) and float(ends[1]) == pytest.approx(
         max(hi, 0), abs=0.51 * float(a.scale)
     )
@@ -157,8 +157,8 @@ def test_codes_of_any_type_stand_for_the_same():
 
 def test_a_range_that_does_not_hold_zero_needs_widening():
     scale, zero = torch.tensor(1 / 255), torch.tensor(0)  # (1, 2) as it stands: -255 clamped to 0
-    assert ranges.Affine(scale, zero, 8).fake(torch.tensor([2.0])).item() == pytest.approx(1.0)
-    assert affine(1.0, 2.0).fake(torch.tensor([2.0])).item() == pytest.approx(2.0)
+    assert ranges.Affine(scale, zero, 256).rounded(torch.tensor([2.0])).item() == pytest.approx(1.0)
+    assert affine(1.0, 2.0).rounded(torch.tensor([2.0])).item() == pytest.approx(2.0)
 
 
 def test_ranges_and_weights_without_a_scale_are_refused():
@@ -179,7 +179,7 @@ def test_ranges_and_weights_without_a_scale_are_refused():
 
 def test_weights_that_are_all_alike_and_filters_of_zeros_are_exact():
     alike = torch.full((3, 4), -0.7)
-    assert torch.allclose(ranges.weight_affine(alike, 4).fake(alike), alike, rtol=1e-6)
+    assert torch.allclose(ranges.weight_affine(alike, 4).rounded(alike), alike, rtol=1e-6)
     w = torch.randn(3, 2, 2, 2)
     w[1] = 0
-    assert torch.equal(ranges.weight_affine(w, 3, "filter").fake(w)[1], w[1])
+    assert torch.equal(ranges.weight_affine(w, 3, "filter").rounded(w)[1], w[1])

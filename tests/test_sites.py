@@ -142,6 +142,11 @@ def test_gradients_are_rounded_in_training_alone():
     F.cross_entropy(model(x), y).backward()
     found = model[4].bias.grad  # the sum over 60 images of gradients of one size
     assert torch.allclose(found / 1e-3, (found / 1e-3).round(), atol=1e-3) and found.abs().max() <= 0.0601
+    inputs_left = compress(net(), moving, a_bits=32, g_bits=2).train()
+    F.cross_entropy(inputs_left(x), y).backward()
+    assert torch.allclose(inputs_left[4].bias.grad / 1e-3, (inputs_left[4].bias.grad / 1e-3).round(), atol=1e-3)
+    assert not any(isinstance(p, Sited) for p in plan_of(inputs_left).values())
+    assert all(site_of(m) is None for m in with_plain_weights(inputs_left).modules()) and deepcopy(inputs_left).double() is not None
     plain = compress(net(), moving, data=(x, y)).train()
     F.cross_entropy(plain(x), y).backward()
     assert not torch.allclose(plain[4].bias.grad / 1e-3, (plain[4].bias.grad / 1e-3).round(), atol=1e-3)
@@ -196,3 +201,13 @@ def test_spread_scales_what_the_signs_give():
         found = model(x)
     signs = torch.where(x >= 0, 1.0, -1.0)
     assert torch.allclose(found, F.linear(signs, layer.weight) * x.abs().mean(1, keepdim=True) + layer.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [[-1.0, 1.0], [0.0, 0.5, 2.0]])
+def test_rounded_inputs_keep_their_layout(levels):
+    levels = torch.tensor(levels)
+    given, x = Steps((levels[1:] + levels[:-1]) / 2, levels), torch.randn(5, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    found = given(x)
+    nearest = levels[(x[..., None] - levels).abs().argmin(-1)]
+    assert torch.equal(found, nearest) and found.is_contiguous(memory_format=torch.channels_last)
+    assert given(given.thresholds)[0] == levels[1]  # a threshold belongs to what lies above

@@ -20,7 +20,7 @@ from .channels import LAYERS
 from .codes import SparseCodes
 from .method import Method, call
 from .packed import Masked, Packed, State, laid_like
-from .sites import Affine, Site, Steps, attach_site, detach_site, site_of
+from .sites import Affine, Site, Steps, attach_site, detach_site, rounds_gradients, site_of
 from .wrapped import Sited
 
 Plan = dict[str, Packed]
@@ -125,14 +125,15 @@ def plan_of(model: nn.Module) -> Plan:
 def _with_input(packed: Packed, layer: nn.Module) -> Packed:
     """The packed value with the rounding of its layer's inputs, where there is one."""
     site = site_of(layer)
-    return packed if site is None or hasattr(packed, "input") else Sited(packed, site.input.frozen())
+    return packed if site is None or site.input is None or hasattr(packed, "input") else Sited(packed, site.input.frozen())
 
 
 def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
     """Put ``packed`` between a layer and its weight, in place of whatever stood there, and its ``input`` before it; the layer is changed."""
     detach(layer)
     detach_site(layer)
-    if (given := getattr(packed, "input", None)) is not None:
+    given = getattr(packed, "input", None)
+    if given is not None or rounds_gradients(method, knobs or {}):
         attach_site(layer, Site(given, method, knobs))
     packed = packed.inner if isinstance(packed, Sited) else packed
     between = Attached(packed, method, knobs).to(layer.weight.device)
@@ -226,8 +227,10 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     for _, owner, parameter in list(held(copy)):  # first: what they hold follows the layers' masks
         _plain(owner, parameter)
     for _, layer, _ in list(attached(copy)):
+        site = site_of(layer)
         detach(layer)
-        if (site := site_of(layer)) is not None:
+        detach_site(layer)
+        if site is not None and site.input is not None:
             attach_site(layer, Site(site.input.frozen()))
     return copy
 

@@ -28,10 +28,10 @@ from .knobs import nearest
 from .method import Method, call
 from .packed import Masked, Packed
 from .select import Masks, Ranking, is_n_of_m, rank, to_units, to_weights
+from .sites import AS_THEY_ARE
 from .wrapped import Sited
 
 PROVIDERS = LAYER_PROVIDERS | CHANNEL_PROVIDERS
-AS_THEY_ARE = 32  # bits of inputs that are not rounded
 INPUT_IMAGES = 128  # whose activations set the ranges of rounded inputs
 
 

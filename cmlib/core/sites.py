@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import storage
 from .method import Method, call
-from .packed import Arrays, State
+from .packed import Arrays, State, laid_like
 
 
 class Straight(torch.autograd.Function):
@@ -60,7 +60,10 @@ class Steps:
         return len(self.levels)
 
     def rounded(self, x: Tensor) -> Tensor:
-        return self.levels.to(x)[torch.bucketize(x.detach().contiguous(), self.thresholds.to(x), right=True)]
+        levels, thresholds = self.levels.to(x), self.thresholds.to(x)
+        if self.count == 2:  # a comparison is three times as fast as a search
+            return torch.where(x.detach() >= thresholds, levels[1], levels[0])
+        return laid_like(levels[torch.bucketize(x.detach().contiguous(), thresholds, right=True)], x)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -87,7 +90,10 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """Evenly spaced levels scale (q - zero), q = 0 ... count - 1: x / scale + zero, rounded and clamped. ``scale`` and ``zero`` are 0-d tensors."""
+    """Evenly spaced levels scale (q - zero) for the codes q = 0 ... count - 1 (Jacob et al. 2018, equation 1).
+
+    ``scale`` and ``zero``, a whole number, are 0-d tensors, or of a weight one a filter, shaped to broadcast.
+    """
 
     scale: Tensor
     zero: Tensor
@@ -95,9 +101,16 @@ class Affine:
     state: State = field(default_factory=dict)
     spread = False
 
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes, whole numbers in the type of x: round(x / scale) + zero, clamped; halves to even, as torch's own fake quantization has them."""
+        return (x * (1 / self.scale.to(x))).round().add_(self.zero.to(x)).clamp_(0, self.count - 1)
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        """What codes, of any type, stand for."""
+        return (q - self.zero) * self.scale
+
     def rounded(self, x: Tensor) -> Tensor:
-        scale, zero = self.scale.to(x), self.zero.to(x)
-        return ((x * (1 / scale)).round().add_(zero).clamp_(0, self.count - 1) - zero) * scale
+        return self.dequantize(self.quantize(x)).to(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -122,29 +135,47 @@ class Affine:
         return cls(scale, zero, meta["count"])
 
 
+def affine(low: Tensor, high: Tensor, count: int, state: State | None = None) -> Affine:
+    """``count`` levels from low to high, first widened to 0, which is one of them (Jacob et al. 2018, section 3); scale 1 where both are 0."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / (count - 1)
+    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, 1.0)
+    return Affine(scale, (-low / scale).round().clamp(0, count - 1), count, state or {})
+
+
+AS_THEY_ARE = 32  # bits of inputs and of gradients that are not rounded
 Input = Steps | Affine
 INPUTS: dict[str, type] = {"steps": Steps, "affine": Affine}  # the name in a file's header -> the dataclass
 
 
-class Site(nn.Module):
-    """Stands in front of a layer and rounds its inputs; in training a method that follows its inputs is asked again with its state."""
+def rounds_gradients(method: Method | None, knobs: dict[str, Any]) -> bool:
+    """Whether the method, with these knobs, rounds the gradients at the layers' outputs."""
+    return method is not None and method.errors is not None and knobs.get("g_bits") != AS_THEY_ARE
 
-    def __init__(self, given: Input, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
+
+class Site(nn.Module):
+    """Stands in front of a layer and rounds its inputs (None: leaves them), and the gradients at its outputs where the method does.
+
+    In training a method that follows its inputs is asked again with its state.
+    """
+
+    def __init__(self, given: Input | None, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.input, self.knobs = given, knobs or {}
-        self.method = method if method is not None and method.follows else None
-        self.errors = partial(call, method.errors, knobs=self.knobs) if method is not None and method.errors else None
+        self.method = method if given is not None and method is not None and method.follows else None
+        self.errors = partial(call, method.errors, knobs=self.knobs) if rounds_gradients(method, self.knobs) else None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Site:
         """Move or convert what is held, as a module does with its buffers."""
-        held = {f.name: fn(v) for f in fields(self.input) if isinstance(v := getattr(self.input, f.name), Tensor)}
-        self.input = replace(self.input, **held)
+        if self.input is not None:
+            held = {f.name: fn(v) for f in fields(self.input) if isinstance(v := getattr(self.input, f.name), Tensor)}
+            self.input = replace(self.input, **held)
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.method is not None:
             self.input = call(self.method.acts, {"x": x.detach(), "training": True}, {**self.knobs, "state": self.input.state})
-        return self.input(x)
+        return x if self.input is None else self.input(x)
 
 
 def attach_site(layer: nn.Module, site: Site) -> None:
@@ -183,7 +214,7 @@ def inputs_at(model: nn.Module, inputs: dict[str, Input]) -> Iterator[None]:
 
 def _before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     site = layer.input_site
-    site.read = inputs[0] if site.input.spread else None
+    site.read = inputs[0] if site.input is not None and site.input.spread else None
     return (site(inputs[0]), *inputs[1:])
 
 

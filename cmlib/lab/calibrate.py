@@ -108,7 +108,7 @@ def simulated(model: nn.Module, ranges: dict[str, Range], *, bits: int = 8, per:
     for name, span in ranges.items():
         layer = copy.get_submodule(name)
         with torch.no_grad():
-            layer.weight.copy_(quantized_weight(name, layer.weight, bits, per).fake(layer.weight))
+            layer.weight.copy_(quantized_weight(name, layer.weight, bits, per).rounded(layer.weight))
         layer.register_forward_pre_hook(_FakeInput(affine(*span, bits)))
     return copy
 
@@ -120,7 +120,7 @@ class _FakeInput:
     affine: Affine
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        return self.affine.fake(inputs[0])
+        return self.affine.rounded(inputs[0])
 
 
 def bias_correction(model: nn.Module, quantized: nn.Module, data: Any, *, samples: int = SAMPLES) -> nn.Module:

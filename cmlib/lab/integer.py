@@ -88,11 +88,11 @@ class Layer(_Step):
         self.hold(codes=codes.to(torch.uint8), zero=weight.zero.to(torch.uint8), zero_in=into.zero.to(torch.uint8))
         self._check(codes - weight.zero, bias, into)
         self.hold(bias=bias.int(), m0=m0, n=n, zero_out=out.zero.to(torch.uint8))
-        self.top = 2**out.bits - 1
+        self.top = out.count - 1
 
     def _check(self, w: Tensor, bias: Tensor, into: Affine) -> None:
         """IntegerError unless every sum, whatever the codes, stays below 2^31: largest |q1 - Z1| times the sum of |q2 - Z2|, and the bias."""
-        largest = max(int(into.zero), 2**into.bits - 1 - int(into.zero)) * w.long().abs().flatten(1).sum(1) + bias.abs()
+        largest = max(int(into.zero), into.count - 1 - int(into.zero)) * w.long().abs().flatten(1).sum(1) + bias.abs()
         if not largest.max() < INT32:
             raise IntegerError(f"its sums could reach {largest.max():.3g}, beyond 32 bits; give fewer bits, or a bias that its range holds")
 
@@ -113,7 +113,7 @@ class Sum(_Step):
         common = 2 * max(a.scale.double(), b.scale.double())
         m0, n = zip(*(fixed_point(m) for m in (a.scale.double() / common, b.scale.double() / common, common / (out.scale.double() * 2**LEFT))))
         self.hold(m0=torch.stack(m0), n=torch.stack(n), zeros=torch.stack([a.zero, b.zero]).to(torch.uint8), zero_out=out.zero.to(torch.uint8))
-        self.top = 2**out.bits - 1
+        self.top = out.count - 1
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         total = sum(rescaled(q.int() - self.zeros[i] << LEFT, self.m0[i], self.n[i]) for i, q in enumerate((a, b)))

@@ -1,8 +1,4 @@
-"""What codes of few bits stand for, and the ranges that they cover, read off how often which value was seen.
-
-A code q of b bits stands for r = S (q - Z), with a scale S and a whole zero point Z in 0 ... 2^b - 1, so that r = 0 is exact (Jacob et al. 2018,
-equation 1). S and Z follow from a range (lo, hi), and the range from a ``Histogram`` of the values by one of ``RULES``.
-"""
+"""The ranges that codes of few bits cover: from a ``Histogram`` of the values by one of ``RULES``, and from a range scale and zero point."""
 
 from __future__ import annotations
 
@@ -15,33 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core import sites
 from ..core.knobs import nearest
+from ..core.sites import Affine
 
 BINS = 4096  # of a histogram, half of them on either side of zero
 FEWEST = 128  # bins that entropy calibration keeps at least
 PER = ("tensor", "filter")
+TINY = torch.finfo(torch.float32).tiny
 Range = tuple[float, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """r = scale (q - zero), q in 0 ... 2^bits - 1: float32 ``scale`` and int32 ``zero``, one or one a filter (shaped to broadcast)."""
-
-    scale: Tensor
-    zero: Tensor
-    bits: int
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Codes of x, int32: round(x / scale) + zero, halves to even as torch.fake_quantize_per_tensor_affine has them, clamped."""
-        return (torch.round(x * self.scale.reciprocal()) + self.zero).clamp(0, 2**self.bits - 1).int()
-
-    def dequantize(self, q: Tensor) -> Tensor:
-        """What codes (of any whole-number type) stand for."""
-        return (q.int() - self.zero) * self.scale
-
-    def fake(self, x: Tensor) -> Tensor:
-        """To codes and back, in the type of x."""
-        return self.dequantize(self.quantize(x)).to(x)
 
 
 def known_bits(bits: int) -> int:
@@ -52,18 +30,16 @@ def known_bits(bits: int) -> int:
 
 
 def affine(lo: float | Tensor, hi: float | Tensor, bits: int = 8) -> Affine:
-    """Scale and zero point of a range, first widened to hold 0; the zero point is nudged to a whole number (Jacob et al. 2018, section 3).
+    """``core.sites.affine`` of a range, for codes of ``bits`` bits.
 
     Where lo and hi are tensors, one of each an entry. ValueError for a range that is not finite, upside down, or zero alone.
     """
     lo, hi = (torch.as_tensor(t, dtype=torch.float32) for t in (lo, hi))
     if not (torch.isfinite(lo) & torch.isfinite(hi) & (lo <= hi)).all():
         raise ValueError(f"a range from {lo.tolist()} to {hi.tolist()} is not one: finite numbers, the lower first")
-    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    scale = (hi - lo) / (2 ** known_bits(bits) - 1)
-    if not (scale > 0).all():
+    if not (torch.maximum(hi, -lo) / 2 ** known_bits(bits) > TINY).all():
         raise ValueError("a range from 0 to 0 has no scale: every number in it is 0 (or too small for float32)")
-    return Affine(scale, (-lo / scale).round().clamp(0, 2**bits - 1).int(), bits)
+    return sites.affine(lo, hi, 2**bits)
 
 
 def weight_affine(w: Tensor, bits: int = 8, per: str = "tensor") -> Affine:
@@ -140,7 +116,7 @@ def squared_error(h: Histogram, bits: int) -> Range:
     x = torch.from_numpy(h.centers)
 
     def lost(share: float) -> float:
-        return float(h.counts @ (affine(*h.within(share * top), bits).fake(x) - x).square().numpy())
+        return float(h.counts @ (affine(*h.within(share * top), bits).rounded(x) - x).square().numpy())
 
     return h.within(min(np.arange(100, 0, -1) / 100, key=lost) * top)
 

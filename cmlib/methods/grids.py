@@ -19,7 +19,7 @@ from ..core.codes import Codes, Sum, grouped
 from ..core.knobs import Per, Pick, Span, Switch, Weight, WideBits
 from ..core.method import Training, quantizer
 from ..core.packed import Masked, State
-from ..core.sites import Affine, Steps
+from ..core.sites import Affine, Steps, affine
 from .quantize import filters, signs
 
 Average = Annotated[float, Span(0, 0.9999)]  # how much of the old a moving average keeps
@@ -193,21 +193,13 @@ def stochastic_rounding_fixed_point(
     return Codes(w, q.long().reshape(1, -1) + half, w.new_tensor([[2.0**-fractional_bits, half]]), 1 << word_bits)
 
 
-def affine(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(scale, zero point) of ``count`` levels scale (q - zero) from low to high, widened to 0, which is one of them; scale 1 where low = high = 0."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / (count - 1)
-    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
-    return scale, (-low / scale).round()
-
-
 def _ranges(x, *, a_bits: WideBits = 8, ema_decay: Average = 0.99, state: State | None = None):
     if a_bits > MANY:
         return None
     low, high = x.aminmax()
     if state is not None:
         low, high = (ema_decay * old + (1 - ema_decay) * new for old, new in ((state["low"], low), (state["high"], high)))
-    return Affine(*affine(low, high, 1 << a_bits), 1 << a_bits, {"low": low, "high": high})
+    return affine(low, high, 1 << a_bits, {"low": low, "high": high})
 
 
 @quantizer("Jacob et al. 2018, Quantization and training of neural networks for efficient integer-arithmetic-only inference",
@@ -220,6 +212,5 @@ def integer_only_quantization(w, *, bits: Annotated[int, Span(2, 8, integer=True
     gradient goes straight through. Inputs of more than 16 bits are left as they are.
     """
     g = grouped(w.detach(), per)
-    scale, zero = affine(g.amin(1, keepdim=True), g.amax(1, keepdim=True), 1 << bits)
-    index = ((g * (1 / scale)).round() + zero).clamp(0, (1 << bits) - 1)
-    return Codes(w, index.long(), torch.cat([scale, zero], 1), 1 << bits)
+    grid = affine(g.amin(1, keepdim=True), g.amax(1, keepdim=True), 1 << bits)
+    return Codes(w, grid.quantize(g).long(), torch.cat([grid.scale, grid.zero], 1), grid.count)
