@@ -39,27 +39,29 @@ METHODS: dict[str, dict[str, Any]] = {  # label -> method, its knobs, and where 
     "DoReFa, 1 and 2 bits": {"method": "dorefa_net", "knobs": {"bits": 1, "a_bits": 2}, "where": INNER},
     "XNOR-Net, 1 and 1 bit": {"method": "xnor_net", "knobs": {}, **SIGNED},
     "BNN, 1 and 1 bit": {"method": "bnn", "knobs": {}, **SIGNED},
+    "Bi-Real, 1 and 1 bit": {"method": "bi_real_net", "knobs": {}, **SIGNED},
 }
+SHORTCUTS = {"where": "block*, !*shortcut*", "net": "bireal"}  # the residual net with a shortcut around each convolution of one bit
 DENSE = "the dense net"
 MOST = 3  # epochs, which the dense control has
-SETS = {"lenet5": ("mnist", (DENSE, *METHODS)),
-        "resnet": ("fashion_mnist", (DENSE, "integer-only, 8 bits", "integer-only, 4 bits", "k-means, 4 bits", "TWN", "BWN"))}  # fmt: skip
+SETS = {"lenet5": "mnist", "resnet": "fashion_mnist"}
+LABELS = (DENSE, *METHODS)
 
 
 def quantized() -> Iterator[str]:
     """Accuracy and bytes of every method, LeNet-5 on MNIST and the residual net on Fashion-MNIST."""
-    for net, (data, labels) in SETS.items():
+    for net, data in SETS.items():
         for seed in SEEDS:
-            for label in labels:
+            for label in LABELS:
                 run(net, label, seed)
-        found = runs.of([given(net, label, seed) for seed in SEEDS for label in labels])
+        found = runs.of([given(net, label, seed) for seed in SEEDS for label in LABELS])
         yield from heading(
             f"{net} on {data}: weights (and inputs) of few bits, trained on after quantizing, three seeds, mean ± standard deviation",
             "method", "bits a covered weight", "more epochs", "untrained", "validation", "difference to dense, points", "test",
             "weights' bytes", "seconds a run",
         )  # fmt: skip
         dense = found[found.label == DENSE].validation.mean()
-        for label in labels:
+        for label in LABELS:
             lines = found[found.label == label]
             cells = [f"{100 * lines[k].mean():.2f} ± {100 * lines[k].std():.2f} %" for k in ("before", "validation", "test")]
             change = f"{100 * (lines.validation.mean() - dense):+.2f}"
@@ -81,14 +83,21 @@ def run(net: str, label: str, seed: int) -> dict[str, Any]:
 
 
 def given(net: str, label: str, seed: int) -> dict[str, Any]:
-    data, settings = SETS[net][0], METHODS.get(label, {"method": None, "knobs": {}, "epochs": MOST})
+    data, settings = SETS[net], METHODS.get(label, {"method": None, "knobs": {}, "epochs": MOST})
+    if net == "resnet" and settings.get("net") == "signed":
+        settings = {**settings, **SHORTCUTS}
     here = {"kind": "quantized", "network": net, "data": data, "label": label, "seed": seed, "epochs": 1, "lr": 1e-3}
-    return {**here, **settings, **_before(net, data, seed)}
+    return {**here, **settings, **_before(_start(net, settings), data, seed)}
+
+
+def _start(net: str, how: dict[str, Any]) -> str:
+    """The checkpoint that a run starts from."""
+    return "bireal" if how.get("net") == "bireal" else net
 
 
 def _run(net: str, label: str, seed: int) -> dict[str, Any]:
     how = given(net, label, seed)
-    data, model = load_data(how["data"]), load_net(net, how["data"], seed)
+    data, model = load_data(how["data"]), load_net(_start(net, how), how["data"], seed)
     model = signed(model) if how.get("net") == "signed" else model
     training = {"lr": how["lr"], "augment": recipe(net, how["data"])["augment"], "seed": seed}
     small = compress(model, how["method"], where=how.get("where", "*"), data=data, **how["knobs"]) if how["method"] else model

@@ -54,7 +54,7 @@ def build(net: str, data: str, seed: int = 0) -> nn.Module:
     shapes = {"mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "digits": (1, 8, 8), "cifar10": (3, 32, 32)}
     if data not in shapes:
         raise NetError(f"no data set {data!r}; there are {', '.join(shapes)}")
-    if data == "digits" and net in ("lenet5", "resnet", "lenet300"):
+    if data == "digits" and net in ("lenet5", "resnet", "bireal", "lenet300"):
         raise NetError(f"{net} is not made for 8 by 8 digits; use linear, mlp or cnn")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
