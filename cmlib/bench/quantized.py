@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..core import clusters
 from ..core.apply import plan_of
@@ -18,7 +19,7 @@ from ..lab.nets import signed
 from ..lab.stages import in_stages
 from ..lab.train import evaluate, fit
 from ..lab.verbs import compress
-from ..lab.zoo import SEEDS, load_net, recipe
+from ..lab.zoo import SEEDS, build, load_net, recipe
 from .structures import PARTS, _before, trained
 from .tables import heading, line
 
@@ -41,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {  # label -> method, its knobs, and where 
     "BNN, 1 and 1 bit": {"method": "bnn", "knobs": {}, **SIGNED},
     "Bi-Real, 1 and 1 bit": {"method": "bi_real_net", "knobs": {}, **SIGNED},
 }
-SHORTCUTS = {"where": "block*, !*shortcut*", "net": "bireal"}  # the residual net with a shortcut around each convolution of one bit
+SHORTCUTS = {"where": "block*, !*shortcut*", "net": "bireal", "epochs": 6, "lr": 6e-3}  # from scratch: without its signs that net is linear
 DENSE = "the dense net"
 MOST = 3  # epochs, which the dense control has
 SETS = {"lenet5": "mnist", "resnet": "fashion_mnist"}
@@ -87,18 +88,20 @@ def given(net: str, label: str, seed: int) -> dict[str, Any]:
     if net == "resnet" and settings.get("net") == "signed":
         settings = {**settings, **SHORTCUTS}
     here = {"kind": "quantized", "network": net, "data": data, "label": label, "seed": seed, "epochs": 1, "lr": 1e-3}
-    return {**here, **settings, **_before(_start(net, settings), data, seed)}
+    return {**here, **settings, **({} if settings.get("net") == "bireal" else _before(net, data, seed))}
 
 
-def _start(net: str, how: dict[str, Any]) -> str:
-    """The checkpoint that a run starts from."""
-    return "bireal" if how.get("net") == "bireal" else net
+def start(how: dict[str, Any]) -> nn.Module:
+    """The network that a run starts from: a trained one, for signs with batch norms, or Bi-Real's form of the residual net, untrained."""
+    if how.get("net") == "bireal":
+        return build("bireal", how["data"], how["seed"])
+    model = load_net(how["network"], how["data"], how["seed"])
+    return signed(model) if how.get("net") == "signed" else model
 
 
 def _run(net: str, label: str, seed: int) -> dict[str, Any]:
     how = given(net, label, seed)
-    data, model = load_data(how["data"]), load_net(_start(net, how), how["data"], seed)
-    model = signed(model) if how.get("net") == "signed" else model
+    data, model = load_data(how["data"]), start(how)
     training = {"lr": how["lr"], "augment": recipe(net, how["data"])["augment"], "seed": seed}
     small = compress(model, how["method"], where=how.get("where", "*"), data=data, **how["knobs"]) if how["method"] else model
     before = evaluate(small, data)

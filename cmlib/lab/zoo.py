@@ -32,7 +32,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lenet300": {"epochs": 30, "lr": 2e-3, "batch": 128, "weight_decay": 0.05, "shift": 1},
     "lenet5": {"epochs": 12, "lr": 2e-3, "batch": 128, "weight_decay": 0.05, "shift": 2},
     "resnet": {"epochs": 12, "lr": 6e-3, "batch": 128, "weight_decay": 0.05, "shift": 2},
-    "bireal": {"epochs": 12, "lr": 6e-3, "batch": 128, "weight_decay": 0.05, "shift": 2},
     "mlp": {"epochs": 60, "lr": 5e-3, "batch": 32, "weight_decay": 0.01, "shift": 0},
     "cnn": {"epochs": 60, "lr": 1e-2, "batch": 32, "weight_decay": 0.01, "shift": 0},
 }
