@@ -18,7 +18,7 @@ from . import curves, deep, integers, quantized, readme, scoring, structures, ta
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse,
     "structures": structures.structures, "sparsest": structures.sparsest, "curves": curves.curves, "scoring": scoring.scoring,
-    "quantized": quantized.quantized, "deep": deep.deep,
+    "quantized": quantized.quantized, "by_bits": quantized.by_bits, "deep": deep.deep,
     "int8": integers.int8, "xnor": integers.xnor, "kmeans": quantized.kmeans, "bits": tables.bits,
     "notebooks": tables.notebooks,
 }  # fmt: skip

@@ -47,6 +47,10 @@ DENSE = "the dense net"
 MOST = 3  # epochs, which the dense control has
 SETS = {"lenet5": "mnist", "resnet": "fashion_mnist"}
 LABELS = (DENSE, *METHODS)
+ALONG: dict[str, list[dict[str, Any]]] = {  # sliders of the panel, and where on them a network was trained
+    "vq_gong": [{"k": 2**b} for b in (8, 5, 4, 3, 2, 1)],
+    "integer_only_quantization": [{"bits": b, "per": "filter", "a_bits": 32} for b in (8, 5, 4, 3, 2)],
+}
 
 
 def quantized() -> Iterator[str]:
@@ -80,7 +84,8 @@ def quantized() -> Iterator[str]:
 
 
 def run(net: str, label: str, seed: int) -> dict[str, Any]:
-    return runs.stored(given(net, label, seed), partial(_run, net, label, seed))
+    how = given(net, label, seed)
+    return runs.stored(how, partial(_run, how))
 
 
 def given(net: str, label: str, seed: int) -> dict[str, Any]:
@@ -91,6 +96,25 @@ def given(net: str, label: str, seed: int) -> dict[str, Any]:
     return {**here, **settings, **({} if settings.get("net") == "bireal" else _before(net, data, seed))}
 
 
+def by_bits() -> Iterator[str]:
+    """LeNet-5 along two sliders of the panel, with and without an epoch of training."""
+    yield from heading("LeNet-5 on MNIST from 8 bits to 1, weights only, one more epoch, three seeds, mean ± standard deviation",
+                       "method", "knobs", "bits a weight", "untrained", "validation", "test")  # fmt: skip
+    for method, settings in ALONG.items():
+        for knobs in settings:
+            hows = [along(method, knobs, seed) for seed in SEEDS]
+            for how in hows:
+                runs.stored(how, partial(_run, how))
+            found = runs.of(hows)
+            scores = [f"{100 * found[k].mean():.2f} ± {100 * found[k].std():.2f} %" for k in ("before", "validation", "test")]
+            yield line(method, ", ".join(f"{k}={v}" for k, v in knobs.items()), f"{found.bits.mean():.2f}", *scores)
+
+
+def along(method: str, knobs: dict[str, Any], seed: int) -> dict[str, Any]:
+    here = {"kind": "by_bits", "network": "lenet5", "data": "mnist", "method": method, "knobs": knobs, "seed": seed, "epochs": 1, "lr": 2e-4}
+    return {**here, **_before("lenet5", "mnist", seed)}
+
+
 def start(how: dict[str, Any]) -> nn.Module:
     """The network that a run starts from: a trained one, for signs with batch norms, or Bi-Real's form of the residual net, untrained."""
     if how.get("net") == "bireal":
@@ -99,10 +123,9 @@ def start(how: dict[str, Any]) -> nn.Module:
     return signed(model) if how.get("net") == "signed" else model
 
 
-def _run(net: str, label: str, seed: int) -> dict[str, Any]:
-    how = given(net, label, seed)
+def _run(how: dict[str, Any]) -> dict[str, Any]:
     data, model = load_data(how["data"]), start(how)
-    training = {"lr": how["lr"], "augment": recipe(net, how["data"])["augment"], "seed": seed}
+    training = {"lr": how["lr"], "augment": recipe(how["network"], how["data"])["augment"], "seed": how["seed"]}
     small = compress(model, how["method"], where=how.get("where", "*"), data=data, **how["knobs"]) if how["method"] else model
     before = evaluate(small, data)
     if "stages" in how:

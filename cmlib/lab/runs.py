@@ -67,6 +67,13 @@ def of(recipes: list[dict[str, Any]]) -> pd.DataFrame:
     return _lines([_read(_path(recipe)) for recipe in recipes])
 
 
+def along(method: str, network: str, data: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Runs along a slider, as ``explore(stored=...)`` takes them: knobs, epochs, bytes of the covered weights, accuracy on validation."""
+    found = table("by_bits")
+    found = found[(found.method == method) & (found.network == network) & (found.data == data) & (found.seed == seed)]
+    return [{"knobs": r.knobs, "epochs": r.epochs, "bytes": r.bytes, "accuracy": r.validation} for r in found.itertuples()]
+
+
 def _path(recipe: dict[str, Any]) -> Path:
     return RUNS / f"{recipe['kind']}-{_digest(recipe)[:12]}.json"
 
