@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {  # label -> method, its knobs, and where 
     "BNN, 1 and 1 bit": {"method": "bnn", "knobs": {}, **SIGNED},
     "Bi-Real, 1 and 1 bit": {"method": "bi_real_net", "knobs": {}, **SIGNED},
 }
-SHORTCUTS = {"where": "block*, !*shortcut*", "net": "bireal", "epochs": 6, "lr": 6e-3}  # from scratch: without its signs that net is linear
+SHORTCUTS = {"where": "block*, !*shortcut*", "net": "bireal", "lr": 6e-3}  # from scratch: without its signs that net is linear
 DENSE = "the dense net"
 MOST = 3  # epochs, which the dense control has
 SETS = {"lenet5": "mnist", "resnet": "fashion_mnist"}
