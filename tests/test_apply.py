@@ -200,7 +200,7 @@ def test_copies_of_copies_and_baked_ones_give_the_same_outputs(net, pair, method
             continue
         assert not parametrize.is_parametrized(module) and len(module._forward_hooks) == (site_of(module) is not None)
         assert type(module) is type(net.get_submodule(name)) or type(module).__qualname__ == type(net.get_submodule(name)).__name__
-    assert set(plain.state_dict()) == set(net.state_dict())
+    assert {n for n in plain.state_dict() if ".input_site." not in n} == set(net.state_dict())
     fit(again, pair, epochs=1, seed=5)
     assert torch.equal(predict(copy, pair[0]), outputs)
 

@@ -1,6 +1,7 @@
 """Weights as codes: what they stand for, what they cost, how they are stored, and what training sees of them."""
 
 import json
+import tracemalloc
 from copy import deepcopy
 from dataclasses import replace
 
@@ -13,11 +14,13 @@ from cmlib import coded, compress, fit, load, load_net, measure, save
 from cmlib.core import storage
 from cmlib.core.apply import attach_plan, plan_of, substituted, with_plain_weights
 from cmlib.core.codes import Codes, SparseCodes, Sum, grouped, nearest_level
-from cmlib.core.knobs import Bits, Per
+from cmlib.core.inputs import as_input
+from cmlib.core.knobs import Bits, Per, Pick
 from cmlib.core.method import quantizer
 from cmlib.core.packed import Masked
 from cmlib.core.wrapped import CODERS, TYPES, entropy_coded
 from cmlib.lab.files import sizes
+from cmlib.methods import catalog
 
 
 def drawn(*shape, seed=0):
@@ -284,3 +287,50 @@ def test_coded_says_what_it_can_do():
         coded(compress(net(), uniform), "zip")
     with pytest.raises(ValueError, match="nothing is attached"):
         coded(net())
+
+
+@pytest.mark.parametrize("grid", ["linear", "powers", "basis"])
+def test_levels_that_a_small_file_would_make_many_of_are_refused_before_they_are_made(grid):
+    meta = {"type": "codes", "grid": grid, "count": 65_536, "columns": False, "shape": [2048], "params": [2048, 1], "codes": 1}
+    arrays = {"params": np.zeros((2048, 1), np.float32), "codes": np.zeros(4096, np.uint8)}
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="2,048 groups of 65,536 levels are too many for 2,048 weights"):
+        Codes.decode(arrays, meta)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_a_level_beyond_what_a_float_holds_is_refused():
+    packed = Codes(torch.ones(4), torch.zeros(1, 4, dtype=torch.long), torch.tensor([[1000.0]]), 5, "powers")
+    with pytest.raises(ValueError, match="a level is not finite"):
+        Codes.decode(packed.arrays(), packed.meta())
+
+
+def test_rows_without_a_run_to_share_a_scale_are_refused():
+    assert grouped(torch.ones(4, 66), "group").shape == (12, 22) and grouped(torch.ones(4, 5), "group").shape == (4, 5)
+    with pytest.raises(ValueError, match="37 weights do not allow; use per='filter'"):
+        grouped(torch.ones(10, 37), "group")
+
+
+QUANTIZERS = [m for m in catalog().values() if m.kind == "quantizer"]
+CHOICES = [(m, {n: v}) for m in QUANTIZERS for n, k in m.knobs.items() if isinstance(k.span, Pick) for v in k.span.choices] + [
+    (m, {}) for m in QUANTIZERS
+]
+
+
+@pytest.mark.parametrize(("method", "knobs"), CHOICES, ids=[f"{m.key}-{k}" for m, k in CHOICES])
+def test_every_quantizer_after_pruning_is_saved_and_trains(method, knobs, tmp_path, digits):
+    pruned = compress(load_net("mlp", "digits"), "magnitude_pruning_han", keep=0.3)
+    try:
+        model = compress(pruned, method, data=digits, **knobs)
+    except ValueError as error:
+        assert "single weights are left" in str(error)  # filters and groups need whole rows
+        return
+    masks = {n: p.mask for n, p in plan_of(model).items()}
+    fit(model, digits, epochs=1, lr=1e-3)
+    for again in (model, coded(model)):
+        save(again, tmp_path / "model")
+        back = load(tmp_path / "model")
+        x = as_input(digits.validation[0])
+        assert torch.equal(back(x), again.eval()(x))
+        assert all(torch.equal(p.mask, masks[n]) and not p.dense()[~masks[n]].any() for n, p in plan_of(back).items())

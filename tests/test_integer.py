@@ -19,7 +19,7 @@ from cmlib.lab import integer
 from cmlib.lab.data import load_data
 from cmlib.lab.integer import IntegerError, Layer, Sum, integer_network
 from cmlib.lab.ranges import affine, weight_affine
-from cmlib.lab.train import evaluate
+from cmlib.lab.train import evaluate, predict
 from cmlib.lab.verbs import compress
 from cmlib.lab.zoo import build, load_net
 
@@ -69,8 +69,8 @@ def test_multipliers_in_fixed_point():
     m = torch.cat([torch.rand(1000, dtype=F64), torch.tensor([0.5, 0.25, 1e-9, 1 - 1e-12, 0.5 - 1e-13], dtype=F64)])
     m0, n = integer.fixed_point(m)
     assert m0.dtype == torch.int32 and (m0 >= 2**30).all()
-    inside = m < 1 - 2**-32  # above, 2^31 would round to no int32
-    assert ((m0.double() / 2**31 / 2.0 ** n.double() - m)[inside].abs() <= 2**-32 * 2.0 ** -n.double()[inside]).all()
+    allowed = torch.where(m < 1 - 2**-32, 2.0**-32, 2.0**-31)  # above, the nearest would be 2^31, which is no int32
+    assert ((m0.double() / 2**31 / 2.0 ** n.double() - m).abs() <= allowed * 2.0 ** -n.double()).all()
     for bad in (0.0, 1.0, 1.5, -0.25, torch.nan):
         with pytest.raises(IntegerError, match="not below 1"):
             integer.fixed_point(torch.tensor([0.5, bad], dtype=F64))
@@ -414,3 +414,21 @@ def test_ranges_come_from_training_images_only(digits):
     blind = replace(digits, validation=(digits.validation[0] * 0, digits.validation[1]), test=(digits.test[0] * 0, digits.test[1]))
     a, b = integer_network(model, digits), integer_network(model, blind)
     assert all(torch.equal(x, y) for x, y in zip(a.buffers(), b.buffers(), strict=True))
+
+
+def test_a_network_whose_inputs_are_rounded_already_is_refused(digits):
+    model = compress(load_net("mlp", "digits"), "dorefa_net", bits=4, a_bits=2)
+    with pytest.raises(IntegerError, match="fc2 rounds its inputs already"):
+        integer_network(model, digits)
+
+
+@pytest.mark.parametrize("per", ["tensor", "filter"])
+def test_a_filter_of_next_to_nothing_leaves_its_bias(digits, per):
+    model = load_net("cnn", "digits")
+    with torch.no_grad():
+        model.conv2.weight[0] *= 1e-9
+        model.bn2.reset_running_stats()
+        model.conv2.bias[0] = 1.0
+    made = integer_network(model, digits, per=per)
+    answers = made.predict(digits.validation[0]).argmax(1)
+    assert (answers == predict(model, digits.validation[0]).argmax(1)).double().mean() > 0.9

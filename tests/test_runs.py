@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from cmlib.bench import structures
+from cmlib.bench import quantized, structures
 from cmlib.lab import runs
+from cmlib.lab.zoo import SEEDS
 
 
 @pytest.fixture
@@ -65,3 +66,20 @@ def test_the_runs_that_ship_are_whole_and_all_there():
     assert set(found.seed) == {0, 1, 2} and (found.groupby("method").seed.nunique() == 3).all()
     assert set(structures.CONTROLS) | {"l1_norm_filter_pruning", "lasso_channel_pruning"} <= set(found.method)
     assert len(runs.of([structures.given(m, s) for m in found.method.unique() for s in range(3)])) == len(found)
+
+
+def test_what_is_stored_of_chapter_04_is_what_its_recipes_ask_for():
+    """A run whose recipe has changed since is another run: it must not stay and be shown."""
+    recipes = [quantized.given(net, label, seed) for net in quantized.SETS for label in quantized.LABELS for seed in SEEDS]
+    recipes += [quantized.along(method, knobs, seed) for method, settings in quantized.ALONG.items() for knobs in settings for seed in SEEDS]
+    wanted = {runs._path(recipe).name for recipe in recipes}
+    found = {p.name for kind in ("quantized", "by_bits") for p in runs.RUNS.glob(f"{kind}-*.json")}
+    assert found <= wanted and len(found) > 50
+
+
+def test_a_run_under_another_name_is_refused(folder):
+    runs.stored({"kind": "kind", "seed": 0}, lambda: {})
+    (held,) = folder.glob("*.json")
+    held.rename(folder / "kind-000000000000.json")
+    with pytest.raises(runs.RunError, match="does not hold the run of its name"):
+        runs.table("kind")

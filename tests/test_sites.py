@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmlib import compress, evaluate, fit, load, measure, save
+from cmlib import coded, compress, evaluate, fit, load, load_net, measure, save
 from cmlib.core.apply import plan_of, with_plain_weights
 from cmlib.core.codes import Codes
 from cmlib.core.knobs import WideBits
@@ -17,6 +17,7 @@ from cmlib.core.method import quantizer
 from cmlib.core.packed import State
 from cmlib.core.sites import INPUTS, Affine, Steps, inputs_at, site_of, spread_of
 from cmlib.core.wrapped import Sited
+from cmlib.lab.files import FileError
 
 
 def drawn(*shape, seed=0):
@@ -211,3 +212,55 @@ def test_rounded_inputs_keep_their_layout(levels):
     nearest = levels[(x[..., None] - levels).abs().argmin(-1)]
     assert torch.equal(found, nearest) and found.is_contiguous(memory_format=torch.channels_last)
     assert given(given.thresholds)[0] == levels[1]  # a threshold belongs to what lies above
+
+
+def test_a_state_dict_holds_the_rounding_so_that_the_best_state_comes_back_whole():
+    x, y = images()
+    model = compress(net(), moving, data=(x, y)).train()
+    before, held = model.eval()(x), deepcopy(model.state_dict())
+    model.train()(10 * x)
+    assert not torch.equal(model.eval()(x), before)
+    model.load_state_dict(held)
+    assert torch.equal(model(x), before) and site_of(model[2]).input.state["top"] == held["2.input_site.state_top"]
+
+
+def test_the_best_epoch_is_what_fit_leaves(digits):
+    model = compress(load_net("mlp", "digits"), "integer_only_quantization", data=digits, a_bits=2, ema_decay=0.0)
+
+    def spoil(row):
+        with torch.no_grad():
+            model.fc1.parametrizations.weight.original.mul_(-3 if row["epoch"] == 1 else 1)
+
+    done = fit(model, digits, epochs=2, lr=1e-4, progress=spoil)
+    assert done.best_epoch == 1 and done.rows[1]["accuracy"] < done.best_accuracy == evaluate(model, digits)
+
+
+def test_what_a_method_remembers_of_inputs_moves_with_the_model():
+    x, y = images()
+    for method in ("lq_nets", moving):
+        model = compress(net(), method, data=(x, y)).double().train()
+        model(x.double()).sum().backward()
+        assert all(t.dtype == torch.float64 for t in site_of(model[2]).input.state.values() if t.is_floating_point())
+
+
+def test_an_entropy_code_does_not_lose_the_rounding():
+    model = coded(compress(net(), moving, data=images()))
+    assert site_of(compress(model, "magnitude_pruning_han", keep=0.5)[2]).input.count == 4
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"padding": "same"}, {"dilation": 2}, {"groups": 2}, {"stride": 2, "padding": 1}, {"groups": 4, "kernel_size": (3, 1)}], ids=str
+)
+def test_the_spread_is_the_mean_of_what_each_output_sees(how):
+    layer = nn.Conv2d(4, 8, **{"kernel_size": 3, **how}, bias=False)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.no_grad():
+        layer.weight.fill_(1 / layer.weight[0].numel())
+        assert torch.allclose(spread_of(layer, x).expand(2, 8, -1, -1), layer(x.abs()), atol=1e-6)
+
+
+def test_plain_weights_with_rounded_inputs_are_not_saved(tmp_path):
+    model = with_plain_weights(compress(net(), moving, data=images()))
+    with pytest.raises(FileError, match=r"2, 4 rounds its inputs but has plain weights"):
+        save(model, tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()

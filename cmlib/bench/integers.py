@@ -30,6 +30,7 @@ NETS = (("lenet5", "mnist"), ("resnet", "fashion_mnist"))
 BATCHES = (1, 64)
 ROUNDS = 100
 THREADS = 1  # with more, the waiting threads of one engine take the other's turn
+WHOLE = "whole numbers written out, torch int32"
 FLOATS = ("PyTorch, float32", "ONNX Runtime, float32")
 
 
@@ -58,7 +59,7 @@ def _run(net: str, data: Data, seed: int) -> dict[str, dict[str, Any]]:
             to_int8(path, low, data, per=per)
             models[f"ONNX Runtime, int8, a scale a {per}"] = Engine(low, THREADS)
         whole = integer_network(model, data)
-        models["whole numbers written out, torch int32"] = whole
+        models[WHOLE] = whole
         held = {FLOATS[0]: checkpoint(net, data.name, seed).stat().st_size} | {k: m.bytes for k, m in models.items() if k != FLOATS[0]}
         right = {k: m.evaluate(data) if m is whole else evaluate(m, data) for k, m in models.items()}
         times = [_times(models.values(), whole, data.validation[0][:batch]) for batch in BATCHES]
@@ -76,7 +77,8 @@ def _line(what: str, runs: list[dict[str, dict[str, Any]]]) -> str:
     mine, torch_runs, onnx_runs = ([run[k] for run in runs] for k in (what, *FLOATS))
     points = [100 * r["accuracy"] for r in mine]
     moved = [100 * (r["accuracy"] - d["accuracy"]) for r, d in zip(mine, torch_runs)]
-    cells = [f"{statistics.mean(r['bytes'] for r in mine):,.0f}", f"{statistics.mean(d['bytes'] / r['bytes'] for r, d in zip(mine, onnx_runs)):.2f}×"]
+    smaller = f"{statistics.mean(d['bytes'] / r['bytes'] for r, d in zip(mine, onnx_runs)):.2f}×"
+    cells = [f"{statistics.mean(r['bytes'] for r in mine):,.0f}", smaller if what != WHOLE else "in memory; has no file"]
     cells += [
         f"{statistics.mean(points):.2f} ± {statistics.stdev(points):.2f} %",
         f"{statistics.mean(moved):+.2f} ({min(moved):+.2f} to {max(moved):+.2f})",

@@ -20,7 +20,7 @@ from .channels import LAYERS
 from .codes import SparseCodes
 from .method import Method, call
 from .packed import Masked, Packed, State, laid_like
-from .sites import Affine, Site, Steps, attach_site, detach_site, rounds_gradients, site_of
+from .sites import Affine, Site, Steps, attach_site, detach_site, input_of, rounds_gradients
 from .wrapped import Sited
 
 Plan = dict[str, Packed]
@@ -124,8 +124,8 @@ def plan_of(model: nn.Module) -> Plan:
 
 def _with_input(packed: Packed, layer: nn.Module) -> Packed:
     """The packed value with the rounding of its layer's inputs, where there is one."""
-    site = site_of(layer)
-    return packed if site is None or site.input is None or hasattr(packed, "input") else Sited(packed, site.input.frozen())
+    given = input_of(layer)
+    return packed if given is None or hasattr(packed, "input") else Sited(packed, given.frozen())
 
 
 def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
@@ -227,11 +227,11 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     for _, owner, parameter in list(held(copy)):  # first: what they hold follows the layers' masks
         _plain(owner, parameter)
     for _, layer, _ in list(attached(copy)):
-        site = site_of(layer)
+        given = input_of(layer)
         detach(layer)
         detach_site(layer)
-        if site is not None and site.input is not None:
-            attach_site(layer, Site(site.input.frozen()))
+        if given is not None:
+            attach_site(layer, Site(given.frozen()))
     return copy
 
 

@@ -20,6 +20,7 @@ from . import storage
 from .packed import Arrays, Masked, Packed, State, Streams, Whole, Widths, vectors_meta, vectors_of
 
 MOST = 1 << 16  # levels
+SHORTEST = 8  # run of weights that share a scale
 
 
 def linear(params: Tensor, count: int) -> Tensor:
@@ -112,6 +113,8 @@ class Codes(Whole):
     def widths(cls, plain: Arrays, meta: dict[str, Any]) -> Widths:
         groups, codes, total, d = meta["params"][0], meta["codes"], math.prod(meta["shape"]), _dimension(meta)
         storage.need(1 <= meta["count"] <= MOST, f"{meta['count']} levels are not between 1 and {MOST:,}")
+        most = 4 * total + MOST  # levels are worked out group by group, and must not take more memory than a few weights of this shape
+        storage.need(groups * meta["count"] * d <= most, f"{groups:,} groups of {meta['count']:,} levels are too many for {total:,} weights")
         storage.need(groups * codes * d == total, f"{groups} groups of {codes} codes of {d} weights are not a weight of {total:,}")
         return {"codes": ((meta["count"] - 1).bit_length(), groups * codes)}
 
@@ -121,12 +124,12 @@ class Codes(Whole):
         storage.need(grid in GRIDS, f"the grid {grid!r} is not known; known are {', '.join(GRIDS)}")
         storage.need(_fits(grid, shape, count), f"{list(shape)} numbers do not make {count} levels of a {grid} grid")
         storage.need(plain["params"].size == math.prod(shape), f"the levels are made of {math.prod(shape)} numbers, not {plain['params'].size}")
-        storage.need(bool(np.isfinite(plain["params"]).all()), "a level is not finite")
         codes = streams["codes"].astype(np.int64).reshape(shape[0], -1)
         storage.need(codes.size == 0 or codes.max() < count, f"a code is not below {count}")
         params = torch.from_numpy(plain["params"].copy()).reshape(shape)
         values = torch.empty(tuple(meta["shape"]), dtype=params.dtype)
         found = cls(values, torch.from_numpy(codes), params, count, grid, bool(meta["columns"]), straight=False, vectors=vectors_of(meta))
+        storage.need(bool(found.levels.isfinite().all()), "a level is not finite")
         return replace(found, values=found.rounded())
 
     def frozen(self) -> Codes:
@@ -157,7 +160,7 @@ def nearest_level(w: Tensor, levels: Tensor) -> Tensor:
 def grouped(w: Tensor, per: str) -> Tensor:
     """The weight as (groups, entries): one group for the ``tensor``, one for each ``filter`` (row), or runs of at most 32 (``group``) within a row.
 
-    The run is the longest that divides the row evenly.
+    The run is the longest that divides the row evenly. ValueError where that is below 8, as the scales would then outweigh the codes.
     """
     if per == "tensor":
         return w.reshape(1, -1)
@@ -165,12 +168,14 @@ def grouped(w: Tensor, per: str) -> Tensor:
         raise ValueError(f"per={per!r} needs whole rows, but of a pruned layer only single weights are left; use per='tensor'")
     row = w[0].numel()
     run = row if per == "filter" else max(d for d in range(1, min(row, 32) + 1) if row % d == 0)
+    if run < min(row, SHORTEST):
+        raise ValueError(f"per='group' cuts rows into equal runs of 8 to 32 weights, which {row} weights do not allow; use per='filter'")
     return w.reshape(-1, run)
 
 
 @dataclass(frozen=True, eq=False)
 class SparseCodes(Packed):
-    """A pruned weight whose surviving entries are codes: ``codes`` of the entries where ``mask``, in order, as one vector.
+    """A pruned weight whose surviving entries are codes (or a sum, or plain values): ``codes``, those where ``mask``, in order, as one vector.
 
     Where they sit is stored as a bitmap or, in ``gap_bits`` bits each, as the number of removed weights before each; the highest number says
     that as many weights are skipped and none stands there. Without ``gap_bits`` the smallest is taken.
@@ -178,14 +183,13 @@ class SparseCodes(Packed):
 
     values: Tensor
     mask: Tensor
-    codes: Codes
+    codes: Codes | Sum | Masked
     gap_bits: int | None = None
     state: State = field(default_factory=dict)
     vectors: tuple[tuple[str, int], ...] = ()
 
     def through(self, w: Tensor) -> Tensor:
-        kept = self.codes.through(self.codes.values if self.codes.straight else w[self.mask])
-        return torch.zeros_like(w).masked_scatter(self.mask, kept.to(w.dtype))
+        return torch.zeros_like(w).masked_scatter(self.mask, self.codes.through(self.codes.values).to(w.dtype))
 
     @property
     def width(self) -> int:
@@ -221,12 +225,14 @@ class SparseCodes(Packed):
         total, (kept,) = math.prod(meta["shape"]), meta["codes"]["shape"]
         storage.need(meta["places"] in ("gaps", "bitmap"), f"places are gaps or a bitmap, not {meta['places']!r}")
         storage.need(kept <= meta["entries"] <= total and 1 <= meta["k"] <= 16, "the places do not fit the shape")
-        return {**Codes.widths(plain, meta["codes"]), meta["places"]: (meta["k"], meta["entries"])}
+        storage.need(meta["codes"]["type"] in KEPT, f"what is kept is one of {', '.join(KEPT)}, not {meta['codes']['type']!r}")
+        return {**KEPT[meta["codes"]["type"]].widths(plain, meta["codes"]), meta["places"]: (meta["k"], meta["entries"])}
 
     @classmethod
     def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> SparseCodes:
-        codes = Codes.rebuild(plain, {"codes": streams["codes"]}, meta["codes"])
-        k, numbers, total = meta["k"], streams[meta["places"]], math.prod(meta["shape"])
+        streams = dict(streams)
+        k, numbers, total = meta["k"], streams.pop(meta["places"]), math.prod(meta["shape"])
+        codes = KEPT[meta["codes"]["type"]].rebuild(plain, streams, meta["codes"])
         bitmap = meta["places"] == "bitmap"
         places = np.flatnonzero(numbers) if bitmap else storage.without_escapes(numbers, k)
         storage.need(len(places) == codes.kept and (not len(places) or places[-1] < total), "the places do not fit the codes")
@@ -294,3 +300,4 @@ def _under(i: int, arrays: Arrays) -> Arrays:
 
 
 TERMS: dict[str, type[Packed]] = {"masked": Masked, "codes": Codes}  # of a sum
+KEPT: dict[str, type[Packed]] = {**TERMS, "sum": Sum}  # of what pruning left

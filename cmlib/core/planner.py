@@ -162,8 +162,8 @@ class Planner:
 
     def _as_before(self, name: str, packed: Packed) -> Packed:
         """The packed value with the rounding of inputs that the layer had before."""
-        before = self.previous.get(name)
-        return Sited(packed, before.input) if isinstance(before, Sited) else packed
+        given = getattr(self.previous.get(name), "input", None)
+        return packed if given is None else Sited(packed, given)
 
     def _with_input(self, name: str, packed: Packed, knobs: dict[str, Any]) -> Packed:
         """The packed value with the rounding of its layer's inputs. The first layer reads the image, whose 8 bits are left as they are."""

@@ -6,6 +6,7 @@ that they go to disk beside the weight. ``attach_site`` puts one in front of a l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -83,7 +84,8 @@ class Steps:
     @classmethod
     def decode(cls, arrays: Arrays, meta: dict[str, Any]) -> Steps:
         thresholds, levels = (torch.from_numpy(arrays[n].copy()) for n in ("thresholds", "levels"))
-        storage.need(0 < len(levels) <= 1 << 16 and len(thresholds) == len(levels) - 1, "thresholds and levels of an input do not fit")
+        flat = levels.dim() == thresholds.dim() == 1
+        storage.need(flat and 0 < len(levels) <= 1 << 16 and len(thresholds) == len(levels) - 1, "thresholds and levels of an input do not fit")
         storage.need(bool((thresholds.diff() >= 0).all()) and bool(levels.isfinite().all()), "thresholds do not rise, or a level is not finite")
         return cls(thresholds, levels, spread=bool(meta["spread"]))
 
@@ -161,21 +163,34 @@ class Site(nn.Module):
 
     def __init__(self, given: Input | None, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.input, self.knobs = given, knobs or {}
+        self.knobs = knobs or {}
+        self.input = given
         self.method = method if given is not None and method is not None and method.follows else None
         self.errors = partial(call, method.errors, knobs=self.knobs) if rounds_gradients(method, self.knobs) else None
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Site:
-        """Move or convert what is held, as a module does with its buffers."""
-        if self.input is not None:
-            held = {f.name: fn(v) for f in fields(self.input) if isinstance(v := getattr(self.input, f.name), Tensor)}
-            self.input = replace(self.input, **held)
-        return super()._apply(fn, recurse)
+    @property
+    def input(self) -> Input | None:
+        """The rounding; its tensors and what the method remembers are buffers, so that they are moved, copied and restored with the model."""
+        if self.given is None:
+            return None
+        held = {n: b for n, b in self.named_buffers(recurse=False)}
+        state = {n: held.pop(f"state_{n}", v) for n, v in self.given.state.items()}
+        return replace(self.given, **held, state=state)
+
+    @input.setter
+    def input(self, given: Input | None) -> None:
+        self.given = given
+        if given is not None:
+            tensors = {f.name: getattr(given, f.name) for f in fields(given)} | {f"state_{n}": v for n, v in given.state.items()}
+            for name, value in tensors.items():
+                if isinstance(value, Tensor):
+                    self.register_buffer(name, value.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.method is not None:
             self.input = call(self.method.acts, {"x": x.detach(), "training": True}, {**self.knobs, "state": self.input.state})
-        return x if self.input is None else self.input(x)
+        given = self.input
+        return x if given is None else given(x)
 
 
 def attach_site(layer: nn.Module, site: Site) -> None:
@@ -197,6 +212,12 @@ def detach_site(layer: nn.Module) -> None:
 
 def site_of(layer: nn.Module) -> Site | None:
     return getattr(layer, "input_site", None)
+
+
+def input_of(layer: nn.Module) -> Input | None:
+    """What the layer's inputs are rounded to; None where they are left."""
+    site = site_of(layer)
+    return None if site is None else site.input
 
 
 @contextmanager
@@ -228,10 +249,12 @@ def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
 
 def spread_of(layer: nn.Module, x: Tensor) -> Tensor:
     """The mean of |x| over the inputs that each output of the layer sees (XNOR-Net's K): padded zeros count as inputs."""
-    size = x.detach().abs().mean(1, keepdim=True)
     if isinstance(layer, nn.Linear):
-        return size
-    return F.avg_pool2d(size, layer.kernel_size, layer.stride, layer.padding)
+        return x.detach().abs().mean(-1, keepdim=True)
+    size = x.detach().abs().unflatten(1, (layer.groups, -1)).mean(2)
+    window = size.new_full((layer.groups, 1, *layer.kernel_size), 1 / math.prod(layer.kernel_size))
+    means = F.conv2d(size, window, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return means.repeat_interleave(layer.out_channels // layer.groups, 1) if layer.groups > 1 else means
 
 
 class Rounded(torch.autograd.Function):

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ..core.apply import Plan, attach_plan, attached, held, plan_of, weighted
 from ..core.bake import narrowed, widths
 from ..core.packed import Packed
+from ..core.sites import input_of
 from ..core.wrapped import TYPES
 from .zoo import build, write
 
@@ -51,7 +52,10 @@ def save(model: nn.Module, path: str | Path) -> int:
     The file is written aside and renamed, so that it is whole or not there. Raises ``FileError`` where it cannot be written.
     """
     with _about(path, "saved"):
-        raw = _encoded(model, plan_of(model))
+        plan = plan_of(model)
+        lost = [n for n, m in weighted(model).items() if n not in plan and input_of(m) is not None]
+        _need(not lost, f"{_some(lost)} rounds its inputs but has plain weights, of which a file holds no rounding; save the compressed model")
+        raw = _encoded(model, plan)
         write(Path(path), raw)
     return len(raw)
 
@@ -147,7 +151,13 @@ def _state(model: nn.Module, packed: Iterable[str] = ()) -> Tensors:
     for name, tensor in model.state_dict(keep_vars=True).items():
         name = plain.get(name, name)
         owner = name.rpartition(".")[0]
-        if name in weights or owner in behind or owner in again or any(owner.startswith(b + ".") for b in behind | again):
+        if (
+            owner.endswith("input_site")
+            or name in weights
+            or owner in behind
+            or owner in again
+            or any(owner.startswith(b + ".") for b in behind | again)
+        ):
             continue
         _need(isinstance(tensor, Tensor) and not name.endswith("_extra_state"), f"its state {name} is not a plain tensor")
         if id(tensor) not in seen:
@@ -251,8 +261,10 @@ def _unpack(layer: str, meta: Any, arrays: Tensors, weight: Tensor) -> Packed:
     try:
         packed = TYPES[meta["type"]].decode({n: t.numpy() for n, t in arrays.items()}, meta)
         again = packed.arrays().keys()
-    except Exception as error:
+    except ValueError as error:
         raise FileError(f"layer {layer} cannot be decoded: {error}") from error
+    except Exception as error:  # a number where a text should be, an entry that is not there
+        raise FileError(f"layer {layer} cannot be decoded: its header lacks an entry, or has one of another kind ({error!r})") from error
     _need(again == arrays.keys(), f"layer {layer} holds {_some(again ^ arrays.keys())} against its storage format")
     found = tuple(packed.dense().shape), packed.dense().dtype
     _need(found == (tuple(weight.shape), weight.dtype), f"layer {layer} holds {_kind(found)} where the network has {weight.dtype}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import resource
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -30,7 +32,8 @@ from .verbs import coded, compress
 from .zoo import build
 
 SECONDS = 1.0  # that a file may take
-MEMORY = 64  # times the network's own bytes
+MEMORY = 64  # times the network's own bytes, that Python and numpy may hold for a file
+GROWTH = 64  # MB by which the whole process may grow for it
 
 
 def subjects() -> dict[str, nn.Module]:
@@ -42,10 +45,12 @@ def subjects() -> dict[str, nn.Module]:
     found["codebook"] = compress(net, "vq_gong", k=8)
     found["vectors"] = compress(net, "vq_gong", k=8, scheme="product")
     found["sum"] = compress(net, "inq", bits=5, portion=0.5)
+    found["basis"] = compress(net, "lq_nets", bits=2, a_bits=32)
+    found["evenly spaced inputs"] = compress(net, "stochastic_rounding_fixed_point", word_bits=8, fractional_bits=6, a_bits=8)
     found["sparse codes"] = compress(pruned, "vq_gong", k=8)
-    return found | {
-        f"{name}, {coder}": coded(found[name], coder) for name in ("codes", "codebook", "sum", "sparse codes") for coder in ("huffman", "ans")
-    }
+    found["sparse sum"] = compress(pruned, "inq", bits=5, portion=0.5)
+    twice = ("codes", "codebook", "vectors", "sum", "sparse codes", "sparse sum")
+    return found | {f"{name}, {coder}": coded(found[name], coder) for name in twice for coder in ("huffman", "ans")}
 
 
 def as_it_lies(raw: bytes, draw: random.Random) -> bytes:
@@ -132,11 +137,21 @@ def tried(raw: bytes, path: Path) -> str:
 
 
 def claimed(raw: bytes, path: Path) -> tuple[str, int]:
-    """What became of a file, and the most bytes that Python and numpy held for it at once; tracemalloc must run."""
+    """What became of a file, and the most bytes that Python and numpy held for it at once; tracemalloc must run.
+
+    AssertionError where the process grew by more than ``GROWTH``, torch's memory included.
+    """
     tracemalloc.reset_peak()
-    before = tracemalloc.get_traced_memory()[0]
+    before, peak = tracemalloc.get_traced_memory()[0], _peak()
     outcome = tried(raw, path)
+    if (grown := _peak() - peak) > GROWTH:
+        raise AssertionError(f"the process grew by {grown:.0f} MB")
     return outcome, tracemalloc.get_traced_memory()[1] - before
+
+
+def _peak() -> float:
+    """The most memory that this process has had, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def run(count: int, seed: int = 0) -> Counter:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..core.apply import weighted
 from ..core.inputs import pair_of, sample
+from ..core.sites import input_of
 from .calibrate import SAMPLES, fold_batch_norm, traced
 from .ranges import PER, Affine, Histogram, affine, counted, rule, varied, weight_affine
 from .train import batches
@@ -38,8 +41,9 @@ def fixed_point(m: Tensor) -> tuple[Tensor, Tensor]:
         )
     mantissa, exponent = torch.frexp(m.double())
     whole = (mantissa * INT32).round().long()
-    over = whole == INT32
-    return torch.where(over, INT32 // 2, whole).int(), (-exponent - over.int()).clamp(min=0).to(torch.uint8)
+    over = whole == INT32  # 1 to 31 bits, which is half of it moved up, or just below it where nothing can move up
+    top = torch.where(exponent == 0, INT32 - 1, INT32 // 2)
+    return torch.where(over, top, whole).int(), (-exponent - over.int()).clamp(min=0).to(torch.uint8)
 
 
 def high_product(a: Tensor, b: Tensor) -> Tensor:
@@ -81,8 +85,10 @@ class Layer(_Step):
         self.how = {k: getattr(layer, k) for k in ("stride", "padding", "dilation", "groups")} if conv else {}
         self.product = F.conv2d if conv else F.linear
         self.wide = (-1, 1, 1) if conv else (-1,)  # a number a filter, as it meets the outputs
+        bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+        weight = _reaching(weight, bias / into.scale)
         scale = (weight.scale.double() * into.scale.double()).reshape(-1)
-        bias = torch.zeros(len(layer.weight)).double() if layer.bias is None else (layer.bias.detach().double() / scale).round()
+        bias = (bias.double() / scale).round()
         codes = weight.quantize(layer.weight.detach()).contiguous()
         m0, n = fixed_point(scale / out.scale.double())
         self.hold(codes=codes.to(torch.uint8), zero=weight.zero.to(torch.uint8), zero_in=into.zero.to(torch.uint8))
@@ -103,6 +109,13 @@ class Layer(_Step):
 
     def forward(self, q: Tensor) -> Tensor:
         return self.codes_of(rescaled(self.sums(q), self.m0.reshape(self.wide), self.n.reshape(self.wide)))
+
+
+def _reaching(weight: Affine, bias: Tensor) -> Affine:
+    """``weight`` with scales no finer than lets 31 bits hold the biases: beside its bias a filter of next to nothing is nothing."""
+    least = torch.where(bias.isfinite(), bias.abs() / 2**30, 0)
+    least = least.reshape(weight.scale.shape) if weight.scale.dim() else least.max()
+    return replace(weight, scale=torch.maximum(weight.scale, least.to(weight.scale)))
 
 
 class Sum(_Step):
@@ -221,6 +234,8 @@ def integer_network(model: nn.Module, data: Any, *, bits: int = 8, per: str = "t
     """
     if not (isinstance(bits, int) and 2 <= bits <= 8) or per not in PER:
         raise ValueError(f"bits={bits!r}, per={per!r}: allowed are bits from 2 to 8, as a code is a byte, and per one of {', '.join(PER)}")
+    if rounding := [n for n, m in weighted(model).items() if input_of(m) is not None]:
+        raise IntegerError(f"{rounding[0]} rounds its inputs already, to levels of its own; give the network before its inputs were quantized")
     net, choose = _known(traced(fold_batch_norm(model).cpu())), rule(how)
     images = sample(data, samples)[0]
     if images.dtype != torch.uint8:

@@ -151,7 +151,8 @@ def bare(packed: Packed) -> Packed:
 def codes_in(packed: Packed) -> list[Codes]:
     """The codes that a packed value is made of, in order; none where its weights are floats."""
     packed = bare(packed)
-    parts = packed.terms if isinstance(packed, Sum) else (packed.codes,) if isinstance(packed, SparseCodes) else (packed,)
+    packed = packed.codes if isinstance(packed, SparseCodes) else packed
+    parts = packed.terms if isinstance(packed, Sum) else (packed,)
     return [p for p in parts if isinstance(p, Codes)]
 
 

@@ -92,6 +92,8 @@ def _read(path: Path) -> dict[str, Any]:
         whole = content.pop("sha256") == _digest(content)
     except (ValueError, KeyError, AttributeError) as error:
         raise RunError(f"{path} is cut or not a stored run ({error}); delete it and run the bench again") from error
+    if whole and path.name != _path(content["recipe"]).name:
+        raise RunError(f"{path} does not hold the run of its name, whose recipe is another; delete it and run the bench again")
     if not whole:
         raise RunError(f"{path} is altered: its content and its sha256 differ; delete it and run the bench again")
     return content

@@ -44,7 +44,8 @@ def compress(
 def coded(model: nn.Module, coder: str = "huffman") -> nn.Module:
     """A copy of a compressed ``model`` whose codes, gaps and bitmaps are written in an entropy code, ``huffman`` or ``ans``; nothing else changes.
 
-    It stands for the same network, and its file is smaller where some codes are rarer than others (Han et al. 2016, Deep Compression, section 4).
+    It stands for the same network, and its file is smaller where some codes are rarer than others (Han et al. 2016, Deep Compression, section 4);
+    where none are, the table of the code makes it a few bytes larger.
     What learned is frozen. ValueError for another coder, or where nothing is compressed.
     """
     if coder not in CODERS:

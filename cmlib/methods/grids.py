@@ -187,7 +187,8 @@ def stochastic_rounding_fixed_point(
 
     Weights 2^-FL q in words of ``word_bits``, FL the ``fractional_bits``. No float weight stands behind them: the result of each step is rounded, up
     with a probability that keeps the mean, so that steps smaller than 2^-FL count too (survey 001, 2.2.4 (1) Table 4 [79]). Inputs (to nearest) and
-    gradients at the outputs have words of ``a_bits`` and ``g_bits`` and the same FL; more than 16 bits leave inputs as they are, 32 gradients.
+    gradients at the outputs have words of ``a_bits`` and ``g_bits`` and the same FL; more than 16 bits leave inputs as they are, 32 gradients. A word
+    reaches 2^(word_bits - 1 - FL): 8 for 16 bits and FL = 12, 1/32 for 8 bits, where most weights are clipped; lower FL with the word.
     """
     q, half = fixed_point(w.detach(), word_bits, fractional_bits), 1 << word_bits - 1
     return Codes(w, q.long().reshape(1, -1) + half, w.new_tensor([[2.0**-fractional_bits, half]]), 1 << word_bits)

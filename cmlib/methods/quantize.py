@@ -58,7 +58,8 @@ def binaryconnect(w, training=False, *, mode: Annotated[str, Pick("deterministic
     Forward and backward see w_b = sign(w), or in training +1 with probability clamp((w + 1) / 2, 0, 1); its gradient goes to the latent w, which is
     then clipped to [-1, 1] (survey 001, 2.2.1 (1) [56]). Latent weights gather many small steps that w_b alone would lose.
     ``lr_scale_by_init``: the authors multiply the step of w by 1 / c, c of ``glorot``. Here the latent weight is held as c w, clipped to [-c, c] and
-    drawn by (w / c + 1) / 2, which is the same under any optimizer, and is how large a trained network's weights are.
+    drawn by (w / c + 1) / 2, which is the same under any optimizer, and is how large a trained network's weights are. In evaluation the weight is its
+    sign, drawn or not; the authors' other two ways, the real weight and a mean over draws, are not here.
     """
     unit = glorot(w) if lr_scale_by_init == "on" else 1.0
     drawn = unit * (2 * torch.rand_like(w) - 1) if training and mode == "stochastic" else 0.0
@@ -163,8 +164,9 @@ def ternary_weight_networks(w, *, delta_factor: Annotated[float, Span(0, 2)] = 0
     return Codes(w, 1 + (rows.sign() * kept).long(), alpha.detach(), 3)
 
 
-def _mean_of(size: Tensor, zone: Tensor) -> nn.Parameter:
-    """The mean magnitude of a zone, 0 for an empty one, as a number that learns."""
+def _mean_of(size: Tensor, zone: Tensor, other: Tensor) -> nn.Parameter:
+    """The mean magnitude of a zone, of the other one where it is empty, as a number that learns: from 0 it never would."""
+    zone = zone if zone.any() else other
     return nn.Parameter((size * zone).sum() / zone.sum().clamp(min=1))
 
 
@@ -188,7 +190,7 @@ def trained_ternary_quantization(w, *, threshold_t: Annotated[float, Span(0, 0.5
     size = w.detach().abs()
     delta = _zero_zone(size, threshold_t, target_sparsity)
     plus, minus = w > delta, w < -delta
-    state = state or {"w_p": _mean_of(size, plus), "w_n": _mean_of(size, minus)}
+    state = state or {"w_p": _mean_of(size, plus, minus), "w_n": _mean_of(size, minus, plus)}
     w_p, w_n = state["w_p"].abs(), state["w_n"].abs()
     zone = 1 + plus.long() - minus.long()
     slope = torch.stack([w_n, torch.ones_like(w_n), w_p]).detach()[zone]
