@@ -334,3 +334,14 @@ def test_every_quantizer_after_pruning_is_saved_and_trains(method, knobs, tmp_pa
         x = as_input(digits.validation[0])
         assert torch.equal(back(x), again.eval()(x))
         assert all(torch.equal(p.mask, masks[n]) and not p.dense()[~masks[n]].any() for n, p in plan_of(back).items())
+
+
+def test_a_sum_whose_terms_claim_another_shape_is_refused_before_anything_is_decoded():
+    packed = entropy_coded(plan_of(compress(load_net("mlp", "digits"), "inq", bits=5, portion=0.5))["fc1"], "ans")
+    arrays, meta = packed.arrays(), packed.meta()
+    meta["inner"]["terms"][1]["shape"] = [65_537, 64]
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="the terms of a sum are not of its shape"):
+        type(packed).decode(arrays, meta)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()

@@ -280,12 +280,12 @@ class Sum(Whole):
     @classmethod
     def widths(cls, plain: Arrays, meta: dict[str, Any]) -> Widths:
         storage.need(0 < len(meta["terms"]) <= 8, f"a sum of {len(meta['terms'])} terms; 1 to 8 are allowed")
+        storage.need(all(m["shape"] == meta["shape"] for m in meta["terms"]), "the terms of a sum are not of its shape")
         found = [(i, TERMS[m["type"]].widths(_under(i, plain), m)) for i, m in enumerate(meta["terms"])]
         return {f"{i}.{n}": w for i, widths in found for n, w in widths.items()}
 
     @classmethod
     def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> Sum:
-        storage.need(all(m["shape"] == meta["shape"] for m in meta["terms"]), "the terms of a sum are not of its shape")
         terms = tuple(TERMS[m["type"]].rebuild(_under(i, plain), _under(i, streams), m) for i, m in enumerate(meta["terms"]))
         return cls(sum(p.dense() for p in terms), terms, vectors=vectors_of(meta))
 
