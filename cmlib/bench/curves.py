@@ -29,7 +29,7 @@ from ..lab.zoo import SEEDS, card, load_net, recipe
 from ..methods import catalog, find
 from ..view.plots import published
 from .structures import trained
-from .tables import heading, line
+from .tables import heading, line, percent
 
 NET, DATA, DENSE = "lenet5", "mnist", "the dense net"
 SHARES = (0.25, 0.08, 0.03, 0.01)
@@ -61,15 +61,11 @@ def curves() -> Iterator[str]:
         "method", "layers", *(f"point {i}" for i in range(1, len(SHARES) + 1)),
     )  # fmt: skip
     for key, lines in table().groupby("key", sort=False):
-        cells = [f"{ratio:.1f}×: {_percent(1 - point.accuracy)}" for ratio, point in lines.groupby("ratio")]
+        cells = [f"{ratio:.1f}×: {percent(1 - point.accuracy)}" for ratio, point in lines.groupby("ratio")]
         yield line(key, ", ".join(layers.get(key, ())), *cells, *[""] * (len(SHARES) - len(cells)))
     for key, why in refusals.items():
         yield line(key, "none", f"not applicable: {why}", *[""] * (len(SHARES) - 1))
     yield f"\n{trained(runs.table('curves'))}"
-
-
-def _percent(errors: pd.Series) -> str:
-    return f"{100 * errors.mean():.2f} " + (f"± {100 * errors.std():.2f} %" if len(errors) > 1 else "%")
 
 
 def methods() -> list[str]:

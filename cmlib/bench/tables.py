@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import torch
 import torch.nn.utils.prune as torch_prune
 
@@ -41,6 +42,11 @@ def heading(title: str, *columns: str) -> Iterator[str]:
     yield f"\n**{title}**\n"
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---|" * len(columns)
+
+
+def percent(shares: pd.Series) -> str:
+    """Mean and standard deviation over the seeds, in percent; of one seed its value alone."""
+    return f"{100 * shares.mean():.2f} " + (f"± {100 * shares.std():.2f} %" if len(shares) > 1 else "%")
 
 
 def line(*cells: Any) -> str:
