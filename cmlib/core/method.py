@@ -85,6 +85,11 @@ class Method:
         return tuple(n for n, p in inspect.signature(self.fn).parameters.items() if p.kind is not p.KEYWORD_ONLY)
 
     @cached_property
+    def reads_inputs(self) -> bool:
+        """Whether what the layers' inputs are rounded to depends on them, so that it needs data."""
+        return self.acts is not None and "x" in inspect.signature(self.acts).parameters
+
+    @cached_property
     def learns(self) -> bool:
         """Whether it is asked again on every training forward: with its state, or as a quantizer with the latent weight."""
         return self.kind == "quantizer" or "state" in inspect.signature(self.fn).parameters

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -177,8 +176,12 @@ class Planner:
     @cached_property
     def inputs(self) -> Evidence:
         """What each covered layer reads, of a few training images; empty where the method does not ask for it."""
-        asks = self.method.acts is not None and "x" in inspect.signature(self.method.acts).parameters
-        return gather(self.model, self.layers, "acts_in", self.data, self.loss, INPUT_IMAGES, self.method.key) if asks else {}
+        if not self.method.reads_inputs:
+            return {}
+        if self.data is None:
+            raise ValueError(f"{self.method.key} reads off data what inputs are rounded to: pass data=load_data(...) or a pair (images, labels), "
+                             "or a_bits=32, which leaves inputs as they are")  # fmt: skip
+        return gather(self.model, self.layers, "acts_in", self.data, self.loss, INPUT_IMAGES, self.method.key)
 
     def _filters(self, ranking: Ranking, knobs: dict[str, Any]) -> Plan:
         """Filters with all that belongs to their channels, in every layer that is tied to a covered one; the network's outputs stay."""

@@ -33,7 +33,7 @@ def _quantizer(method: Method | str) -> Method:
     return method
 
 
-def bit_sensitivity(model: nn.Module, method: Method | str, data: Data | Pair, *, bits: Sequence[int] = BITS, where: str = "*",
+def bit_sensitivity(model: nn.Module, method: Method | str, data: Data | Pair, *, bits: int | Sequence[int] = BITS, where: str = "*",
                     part: str = "validation", batch: int = 250, **knobs: Any) -> pd.DataFrame:  # fmt: skip
     """What each layer makes of few bits: accuracy with that layer alone quantized, not trained.
 
@@ -43,7 +43,7 @@ def bit_sensitivity(model: nn.Module, method: Method | str, data: Data | Pair, *
     planner, plain = Planner(model, _quantizer(method), where=where, data=data), with_plain_weights(model)
     images, labels = pair_of(data, part)
     dense, rows = _accuracy(plain, {}, images, labels, batch), []
-    for count in bits:
+    for count in [bits] if isinstance(bits, int) else bits:
         for name, packed in planner(**knobs, bits=count).items():
             accuracy = _accuracy(plain, {name: packed}, images, labels, batch)
             rows.append({"layer": name, "bits": int(count), "bytes": packed.bits() // 8, "accuracy": accuracy, "drop": dense - accuracy})
@@ -90,9 +90,9 @@ def _undominated(choices: list[Choice]) -> list[Choice]:
     return kept
 
 
-def compress_bits(model: nn.Module, method: Method | str, bits: dict[str, int], data: Any = None, **knobs: Any) -> nn.Module:
+def compress_bits(model: nn.Module, method: Method | str, bits: dict[str, int] | Choice, data: Any = None, **knobs: Any) -> nn.Module:
     """A copy of ``model`` in which each layer of ``bits`` {layer: bits} is quantized with its own number, the others left as they are."""
-    method, copy = _quantizer(method), deepcopy(model)
+    method, copy, bits = _quantizer(method), deepcopy(model), bits.bits if isinstance(bits, Choice) else bits
     names = [n for n, _ in model.named_modules()]
     if unknown := [n for n in bits if n not in names]:
         raise ValueError(f"the network has no layer {unknown[0]!r}{nearest(unknown[0], names)}")

@@ -78,8 +78,8 @@ def _encoded(model: nn.Module, plan: Plan) -> bytes:
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """The model in a file, compressed as it was saved: in one of the kit's networks, built anew, in evaluation mode.
 
-    Any other network's numbers go into ``into``, a fresh module of the same layers, which is returned; its mode, device and memory
-    layout stay.
+    Any other network's numbers go into ``into``, a fresh module of the same layers, which is itself changed and returned; its mode, device and
+    memory layout stay.
     Raises ``FileError`` for whatever is wrong with the file, and then ``into`` is unchanged.
     """
     if not (into is None or isinstance(into, nn.Module)):

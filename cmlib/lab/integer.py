@@ -235,7 +235,7 @@ def integer_network(model: nn.Module, data: Any, *, bits: int = 8, per: str = "t
     if not (isinstance(bits, int) and 2 <= bits <= 8) or per not in PER:
         raise ValueError(f"bits={bits!r}, per={per!r}: allowed are bits from 2 to 8, as a code is a byte, and per one of {', '.join(PER)}")
     if rounding := [n for n, m in weighted(model).items() if input_of(m) is not None]:
-        raise IntegerError(f"{rounding[0]} rounds its inputs already, to levels of its own; give the network before its inputs were quantized")
+        raise IntegerError(f"layer {rounding[0]} rounds its inputs already, to levels of its own; give the network before its inputs were quantized")
     net, choose = _known(traced(fold_batch_norm(model).cpu())), rule(how)
     images = sample(data, samples)[0]
     if images.dtype != torch.uint8:

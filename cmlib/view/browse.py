@@ -27,7 +27,7 @@ def methods_table(chapter: str | None = None, text: str = "") -> pd.DataFrame:
 
 
 def _row(m: Method) -> list[str]:
-    needs = [a for a in m.asks if a != "training"]
+    needs = [a for a in m.asks if a != "training"] + (["acts_in for inputs"] if m.reads_inputs else [])
     return [m.key, m.title, m.chapter, m.kind, ", ".join(m.knobs), ", ".join(needs), m.paper]
 
 

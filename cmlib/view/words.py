@@ -215,6 +215,9 @@ def _codes(state: State) -> list[dict[str, str]]:
     if inputs := [n for n, p in state.plan.items() if input_bits(p)]:
         text = f"What {', '.join(inputs)} read has {state.activation_bits} bits. No file holds it, so none shrinks by that."
         found.append(note("info", "Inputs are rounded too.", text))
+    if signs := [n for n in inputs if state.plan[n].input.count == 2] if any(isinstance(m, nn.ReLU) for m in state.given.modules()) else []:
+        text = f"{', '.join(signs)} may read what a ReLU let through: then every sign is the same. cmlib.signed(net) puts batch norms there."
+        found.append(note("warn", "One bit behind a ReLU says nothing.", text))
     time = ", and rounding the inputs takes time of its own" if inputs else ""
     text = f"Each code is unpacked to a float32 number and multiplied as such{time}. integer_network() and int8 in ONNX Runtime multiply integers."
     return [*found, note("warn", "Why does the latency not fall?", text)]
