@@ -154,6 +154,11 @@ def nearest_level(w: Tensor, levels: Tensor) -> Tensor:
     return order.gather(1, torch.searchsorted(middles.contiguous(), w.contiguous(), right=True))
 
 
+def sign_term(left: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The multiple of a sign, with sign(0) = +1, that is nearest to ``left`` along ``dim``: (its size, the mean magnitude; the sign)."""
+    return left.abs().mean(dim, keepdim=True), torch.where(left >= 0, 1.0, -1.0).to(left)
+
+
 def grouped(w: Tensor, per: str) -> Tensor:
     """The weight as (groups, entries): one group for the ``tensor``, one for each ``filter`` (row), or runs of at most 32 (``group``) within a row.
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import storage
+from .codes import sign_term
+from .evidence import patches
 from .method import Method, call
 from .packed import Arrays, State, laid_like
 
@@ -46,7 +48,8 @@ class Steps:
     """``levels`` (count,), rising, the i-th where x lies from ``thresholds[i - 1]`` on and below ``thresholds[i]``.
 
     ``slope`` is what stands for the derivative in training (1 between the outer levels, if not given). ``spread``: the layer's output is
-    multiplied by the mean of |x| over the inputs that each output sees (XNOR-Net's K).
+    multiplied by the mean of |x| over the inputs that each output sees (XNOR-Net's K). ``order``: what an output sees is a sum of so many
+    such signs, each of what those before it left and times its mean size (HORQ); 0 for none.
     """
 
     thresholds: Tensor
@@ -54,22 +57,25 @@ class Steps:
     slope: Callable[[Tensor], Tensor] | None = None
     spread: bool = False
     state: State = field(default_factory=dict)
+    order: int = 0
 
     @property
     def count(self) -> int:
-        return len(self.levels)
+        return len(self.levels) ** max(1, self.order)
 
     def rounded(self, x: Tensor) -> Tensor:
         levels, thresholds = self.levels.to(x), self.thresholds.to(x)
-        if self.count == 2:  # a comparison is three times as fast as a search
+        if len(self.levels) == 2:  # a comparison is three times as fast as a search
             return torch.where(x.detach() >= thresholds, levels[1], levels[0])
         return laid_like(levels[torch.bucketize(x.detach().contiguous(), thresholds, right=True)], x)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.rounded(x)
-        slope = self.slope or inside(*self.levels[[0, -1]].tolist())
-        return Straight.apply(x, self.rounded(x), slope(x.detach()))
+        return Straight.apply(x, self.rounded(x), self.derivative(x.detach()))
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return (self.slope or inside(*self.levels[[0, -1]].tolist()))(x)
 
     def arrays(self) -> Arrays:
         return {"thresholds": self.thresholds.detach().cpu().numpy(), "levels": self.levels.detach().cpu().numpy()}
@@ -78,14 +84,15 @@ class Steps:
         return replace(self, thresholds=self.thresholds.detach().clone(), levels=self.levels.detach().clone(), state={})
 
     def meta(self) -> dict[str, Any]:
-        return {"type": "steps", "spread": self.spread}
+        return {"type": "steps", "spread": self.spread, "order": self.order}
 
     @classmethod
     def decode(cls, arrays: Arrays, meta: dict[str, Any]) -> Steps:
         thresholds, levels = (torch.from_numpy(arrays[n].copy()) for n in ("thresholds", "levels"))
         storage.need(0 < len(levels) <= 1 << 16 and len(thresholds) == len(levels) - 1, "thresholds and levels of an input do not fit")
         storage.need(bool((thresholds.diff() >= 0).all()) and bool(levels.isfinite().all()), "thresholds do not rise, or a level is not finite")
-        return cls(thresholds, levels, spread=bool(meta["spread"]))
+        storage.need(meta.get("order", 0) in range(5), "an input is a sum of at most 4 signs")
+        return cls(thresholds, levels, spread=bool(meta["spread"]), order=meta.get("order", 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +107,7 @@ class Affine:
     count: int
     state: State = field(default_factory=dict)
     spread = False
+    order = 0
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes, whole numbers in the type of x: round(x / scale) + zero, clamped; halves to even, as torch's own fake quantization has them."""
@@ -214,15 +222,20 @@ def inputs_at(model: nn.Module, inputs: dict[str, Input]) -> Iterator[None]:
 
 def _before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     site = layer.input_site
-    site.read = inputs[0] if site.input is not None and site.input.spread else None
-    return (site(inputs[0]), *inputs[1:])
+    given = site.input
+    site.read = inputs[0] if given is not None and (given.spread or given.order) else None
+    return inputs if given is not None and given.order else (site(inputs[0]), *inputs[1:])
 
 
 def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
     site = layer.input_site
     if site.read is not None:
         bias = 0 if layer.bias is None else layer.bias.reshape(-1, *[1] * (layer.weight.dim() - 2))
-        out, site.read = (out - bias) * spread_of(layer, site.read) + bias, None
+        if site.input.order:
+            out = bias + laid_like(of_residual_signs(layer, site.read, site.input).reshape(out.shape), out)
+        else:
+            out = (out - bias) * spread_of(layer, site.read) + bias
+        site.read = None
     return Rounded.apply(out, site.errors) if site.errors is not None and site.training and torch.is_grad_enabled() else out
 
 
@@ -232,6 +245,17 @@ def spread_of(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return size
     return F.avg_pool2d(size, layer.kernel_size, layer.stride, layer.padding)
+
+
+def of_residual_signs(layer: nn.Module, x: Tensor, given: Steps) -> Tensor:
+    """The layer's linear map, each output of the sum of ``order`` signs that stands for what it sees; padded zeros count, and have no sign."""
+    seen, real = patches(layer, x), patches(layer, torch.ones_like(x[:1]))
+    left, total, slope = seen.detach(), 0.0, 0.0
+    for _ in range(given.order):
+        size, sign = sign_term(left, 2)
+        total, slope, left = total + size * sign * real, slope + size * given.derivative(left), left - size * sign * real
+    out = layer.weight.reshape(1, seen.shape[1], -1, seen.shape[2]) @ Straight.apply(seen, total, slope)
+    return out.transpose(2, 3) if isinstance(layer, nn.Linear) else out
 
 
 class Rounded(torch.autograd.Function):
