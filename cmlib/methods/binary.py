@@ -181,8 +181,8 @@ def abc_net(w, *, M_weight_bases: Bases = 3, per: Per = "tensor"):
 
     w ~ sum_i alpha_i b_i with fixed signs b_i = sign(w - mean + u_i std), u_i evenly from -1 to 1 (0 for one), and alpha by least squares, held
     fixed for the gradient, which is sum_i alpha_i g. Inputs are sum_j beta_j h_j, signs about thresholds, and pass beta_j g within half a standard
-    deviation of each: a layer is M times N products of signs (survey 001, 2.2.1 (2) [66]). In the paper thresholds and beta learn by gradient; here they are chosen as those of the weights are, for
-    what the layer reads, and follow it by a moving average.
+    deviation of each: a layer is M times N products of signs (survey 001, 2.2.1 (2) [66]). In the paper thresholds and beta learn by gradient; here
+    they are chosen as those of the weights are, for what the layer reads, and follow it by a moving average.
     """
     rows = grouped(w.detach(), per)
     b = shifted_signs(rows, shifts(rows, M_weight_bases))
