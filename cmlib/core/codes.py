@@ -41,12 +41,32 @@ def basis(params: Tensor, count: int) -> Tensor:
     return params @ (2 * bits.T - 1).to(params.dtype)
 
 
+def floats(params: Tensor, count: int) -> Tensor:
+    """All numbers of a small floating-point format, whose bits of exponent and mantissa are stored; negative ones first (IEEE 754, no infinity)."""
+    exponent, mantissa = params[:, :1], params[:, 1:]
+    code = torch.arange((count + 1) // 2, dtype=params.dtype, device=params.device)
+    e, m = (code / torch.exp2(mantissa)).floor(), code % torch.exp2(mantissa)
+    sizes = (m + torch.exp2(mantissa) * (e > 0)) * torch.exp2(e.clamp(min=1) - (torch.exp2(exponent - 1) - 1) - mantissa)
+    return torch.cat([-sizes.flip(1), sizes[:, 1:]], 1)
+
+
+def tree(params: Tensor, count: int) -> Tensor:
+    """Dettmers' dynamic tree times the greatest magnitude, which is stored: 10^-z (0.1 + 0.9 (j + 1/2) / 2^n), and 0 and 1, for n = b - 2 - z bits.
+
+    A code of b bits is a sign, z zeros, a one and n bits j. One of the two codes without a one is 0, the other 1.
+    """
+    last = (count - 1).bit_length() - 2
+    sizes = torch.cat([0.1 ** (last - n) * (0.1 + 0.9 * (torch.arange(1 << n, dtype=params.dtype) + 0.5) / (1 << n)) for n in range(last + 1)])
+    unit = torch.cat([-sizes.flip(0), sizes.new_zeros(1), sizes, sizes.new_ones(1)]).to(params)
+    return params[:, :1] * unit
+
+
 def table(params: Tensor, count: int) -> Tensor:
     """The levels themselves: numbers (groups, count), or vectors of d weights (groups, count, d)."""
     return params
 
 
-GRIDS: dict[str, Callable[[Tensor, int], Tensor]] = {f.__name__: f for f in (linear, powers, basis, table)}
+GRIDS: dict[str, Callable[[Tensor, int], Tensor]] = {f.__name__: f for f in (linear, powers, basis, floats, tree, table)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +78,7 @@ class Codes(Whole):
     ``values``  the latent weight, to which a straight-through gradient goes where ``straight``: its derivative to the method's own latent
                 weight is the method's choice.
     ``columns`` the groups are runs of columns of the weight matrix (out, rest) rather than of rows.
+    ``axes``    the groups lie one after another not in the weight but in ``weight.permute(axes)``; all of its axes, or none for the weight itself.
 
     ``params`` have their true gradient.
     """
@@ -71,6 +92,7 @@ class Codes(Whole):
     straight: bool = True
     state: State = field(default_factory=dict)
     vectors: tuple[tuple[str, int], ...] = ()
+    axes: tuple[int, ...] = ()
 
     @property
     def levels(self) -> Tensor:
@@ -89,6 +111,9 @@ class Codes(Whole):
         entries = levels[group, self.index] if levels.dim() == 3 else levels.gather(1, self.index)
         if self.columns:  # (column groups, rows, d) -> (rows, column groups, d)
             entries = entries.reshape(len(levels), len(self.values), -1).transpose(0, 1)
+        if self.axes:
+            back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+            return entries.reshape([self.values.shape[a] for a in self.axes]).permute(back).contiguous()
         return entries.reshape(self.values.shape)
 
     def through(self, w: Tensor) -> Tensor:
@@ -105,7 +130,7 @@ class Codes(Whole):
         return {"params": self.params.detach().cpu().numpy()}, {"codes": (self.index.flatten().cpu().numpy(), self.width)}
 
     def meta(self) -> dict[str, Any]:
-        shapes = {"shape": list(self.values.shape), "params": list(self.params.shape), "codes": self.index.shape[1]}
+        shapes = {"shape": list(self.values.shape), "params": list(self.params.shape), "codes": self.index.shape[1], "axes": list(self.axes)}
         return {"type": "codes", "grid": self.grid, "count": self.count, "columns": self.columns, **shapes, **vectors_meta(self.vectors)}
 
     @classmethod
@@ -125,8 +150,9 @@ class Codes(Whole):
         codes = streams["codes"].astype(np.int64).reshape(shape[0], -1)
         storage.need(codes.size == 0 or codes.max() < count, f"a code is not below {count}")
         params = torch.from_numpy(plain["params"].copy()).reshape(shape)
-        values = torch.empty(tuple(meta["shape"]), dtype=params.dtype)
-        found = cls(values, torch.from_numpy(codes), params, count, grid, bool(meta["columns"]), straight=False, vectors=vectors_of(meta))
+        values, axes = torch.empty(tuple(meta["shape"]), dtype=params.dtype), tuple(meta.get("axes", ()))
+        storage.need(not axes or sorted(axes) == list(range(values.dim())), f"{list(axes)} are not the axes of a weight of {values.dim()}")
+        found = cls(values, torch.from_numpy(codes), params, count, grid, bool(meta["columns"]), straight=False, vectors=vectors_of(meta), axes=axes)
         return replace(found, values=found.rounded())
 
     def frozen(self) -> Codes:
@@ -143,7 +169,8 @@ def _fits(grid: str, shape: tuple[int, ...], count: int) -> bool:
     """Whether params of this shape make ``count`` levels."""
     if grid == "table":
         return len(shape) in (2, 3) and shape[1] == count
-    fits = {"linear": lambda p: p in (1, 2), "powers": lambda p: p == 1 and count % 2 == 1, "basis": lambda p: p < 17 and 1 << p == count}
+    fits = {"linear": lambda p: p in (1, 2), "powers": lambda p: p == 1 and count % 2 == 1, "basis": lambda p: p < 17 and 1 << p == count,
+            "floats": lambda p: p == 2 and count % 2 == 1, "tree": lambda p: p == 1 and count in (1 << b for b in range(2, 17))}  # fmt: skip
     return len(shape) == 2 and fits[grid](shape[1])
 
 
@@ -175,7 +202,7 @@ def grouped(w: Tensor, per: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SparseCodes(Packed):
-    """A pruned weight whose surviving entries are codes: ``codes`` of the entries where ``mask``, in order, as one vector.
+    """A pruned weight whose surviving entries are codes, or a sum of them: ``codes`` of the entries where ``mask``, in order, as one vector.
 
     Where they sit is stored as a bitmap or, in ``gap_bits`` bits each, as the number of removed weights before each; the highest number says
     that as many weights are skipped and none stands there. Without ``gap_bits`` the smallest is taken.
@@ -183,13 +210,13 @@ class SparseCodes(Packed):
 
     values: Tensor
     mask: Tensor
-    codes: Codes
+    codes: Codes | Sum
     gap_bits: int | None = None
     state: State = field(default_factory=dict)
     vectors: tuple[tuple[str, int], ...] = ()
 
     def through(self, w: Tensor) -> Tensor:
-        kept = self.codes.through(self.codes.values if self.codes.straight else w[self.mask])
+        kept = self.codes.through(self.codes.values)
         return torch.zeros_like(w).masked_scatter(self.mask, kept.to(w.dtype))
 
     @property
@@ -226,11 +253,11 @@ class SparseCodes(Packed):
         total, (kept,) = math.prod(meta["shape"]), meta["codes"]["shape"]
         storage.need(meta["places"] in ("gaps", "bitmap"), f"places are gaps or a bitmap, not {meta['places']!r}")
         storage.need(kept <= meta["entries"] <= total and 1 <= meta["k"] <= 16, "the places do not fit the shape")
-        return {**Codes.widths(plain, meta["codes"]), meta["places"]: (meta["k"], meta["entries"])}
+        return {**SURVIVORS[meta["codes"]["type"]].widths(plain, meta["codes"]), meta["places"]: (meta["k"], meta["entries"])}
 
     @classmethod
     def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> SparseCodes:
-        codes = Codes.rebuild(plain, {"codes": streams["codes"]}, meta["codes"])
+        codes = SURVIVORS[meta["codes"]["type"]].rebuild(plain, {n: s for n, s in streams.items() if n != meta["places"]}, meta["codes"])
         k, numbers, total = meta["k"], streams[meta["places"]], math.prod(meta["shape"])
         bitmap = meta["places"] == "bitmap"
         places = np.flatnonzero(numbers) if bitmap else storage.without_escapes(numbers, k)
@@ -299,3 +326,4 @@ def _under(i: int, arrays: Arrays) -> Arrays:
 
 
 TERMS: dict[str, type[Packed]] = {"masked": Masked, "codes": Codes}  # of a sum
+SURVIVORS: dict[str, type[Packed]] = {"codes": Codes, "sum": Sum}  # of sparse codes

@@ -157,7 +157,9 @@ class Planner:
             else:
                 left = {n: _of_what_stays(v, before.mask) for n, v in given.items()}
                 codes = call(self.method.fn, left, {**knobs, "state": None})
-                plan[name] = SparseCodes(given["w"], before.mask, codes, state=codes.state, vectors=before.vectors)
+                plan[name] = (
+                    before if isinstance(codes, Masked) else SparseCodes(given["w"], before.mask, codes, state=codes.state, vectors=before.vectors)
+                )
         return plan
 
     def _as_before(self, name: str, packed: Packed) -> Packed:

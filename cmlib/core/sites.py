@@ -151,9 +151,58 @@ def affine(low: Tensor, high: Tensor, count: int, state: State | None = None) ->
     return Affine(scale, (-low / scale).round().clamp(0, count - 1), count, state or {})
 
 
+def round_float(x: Tensor, exponent: int, mantissa: int, rounding: str = "nearest") -> Tensor:
+    """x as a small floating-point number: a sign, so many bits of exponent and of mantissa, subnormal ones too; the largest where it is too large.
+
+    ``nearest`` (halfway, the even one) or ``stochastic``, up with the probability that keeps the mean.
+    """
+    bias = 2 ** (exponent - 1) - 1
+    step = torch.exp2((torch.frexp(x).exponent - 1).clamp(min=1 - bias).to(x.dtype) - mantissa)
+    q = x / step
+    q = q.round() if rounding == "nearest" else (q + torch.rand_like(q)).floor()
+    most = (2 - 2.0**-mantissa) * 2.0**bias
+    return (q * step).clamp(-most, most)
+
+
+@dataclass(frozen=True, eq=False)
+class Floating:
+    """Small floating-point numbers, bits of ``exponent`` and ``mantissa``, both 0-d tensors (``round_float``)."""
+
+    exponent: Tensor
+    mantissa: Tensor
+    state: State = field(default_factory=dict)
+    spread = False
+    order = 0
+
+    @property
+    def count(self) -> int:
+        return ((1 << int(self.exponent)) - 1 << 1 + int(self.mantissa)) - 1
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return round_float(x, int(self.exponent), int(self.mantissa))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return Straight.apply(x, self.rounded(x.detach()), torch.ones_like(x)) if torch.is_grad_enabled() and x.requires_grad else self.rounded(x)
+
+    def arrays(self) -> Arrays:
+        return {"floating": torch.stack([self.exponent, self.mantissa]).cpu().numpy()}
+
+    def frozen(self) -> Floating:
+        return replace(self, exponent=self.exponent.clone(), mantissa=self.mantissa.clone(), state={})
+
+    def meta(self) -> dict[str, Any]:
+        return {"type": "floating"}
+
+    @classmethod
+    def decode(cls, arrays: Arrays, meta: dict[str, Any]) -> Floating:
+        bits = arrays["floating"].tolist()
+        storage.need(len(bits) == 2 and bits[0] in range(2, 9) and bits[1] in range(24), "an exponent has 2 to 8 bits, a mantissa 0 to 23")
+        return cls(*torch.from_numpy(arrays["floating"].copy()))
+
+
 AS_THEY_ARE = 32  # bits of inputs and of gradients that are not rounded
-Input = Steps | Affine
-INPUTS: dict[str, type] = {"steps": Steps, "affine": Affine}  # the name in a file's header -> the dataclass
+Input = Steps | Affine | Floating
+INPUTS: dict[str, type] = {"steps": Steps, "affine": Affine, "floating": Floating}  # the name in a file's header -> the dataclass
 
 
 def rounds_gradients(method: Method | None, knobs: dict[str, Any]) -> bool:
@@ -172,6 +221,8 @@ class Site(nn.Module):
         self.input, self.knobs = given, knobs or {}
         self.method = method if given is not None and method is not None and method.follows else None
         self.errors = partial(call, method.errors, knobs=self.knobs) if rounds_gradients(method, self.knobs) else None
+        self.saves = partial(call, method.saves, knobs=self.knobs) if method is not None and method.saves is not None else None
+        self.keeping = None  # open while the layer runs
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Site:
         """Move or convert what is held, as a module does with its buffers."""
@@ -191,7 +242,7 @@ def attach_site(layer: nn.Module, site: Site) -> None:
     detach_site(layer)
     layer.input_site = site.train(layer.training)
     layer.register_forward_pre_hook(_before)
-    layer.register_forward_hook(_after)
+    layer.register_forward_hook(_after, always_call=True)
 
 
 def detach_site(layer: nn.Module) -> None:
@@ -224,11 +275,20 @@ def _before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     site = layer.input_site
     given = site.input
     site.read = inputs[0] if given is not None and (given.spread or given.order) else None
-    return inputs if given is not None and given.order else (site(inputs[0]), *inputs[1:])
+    read = inputs[0] if given is not None and given.order else site(inputs[0])
+    if site.saves is not None and site.training and torch.is_grad_enabled():
+        site.keeping = kept_as(read, site.saves)
+        site.keeping.__enter__()
+    return (read, *inputs[1:])
 
 
 def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
     site = layer.input_site
+    if site.keeping is not None:
+        site.keeping.__exit__()
+        site.keeping = None
+    if out is None:  # the layer failed
+        return None
     if site.read is not None:
         bias = 0 if layer.bias is None else layer.bias.reshape(-1, *[1] * (layer.weight.dim() - 2))
         if site.input.order:
@@ -237,6 +297,15 @@ def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
             out = (out - bias) * spread_of(layer, site.read) + bias
         site.read = None
     return Rounded.apply(out, site.errors) if site.errors is not None and site.training and torch.is_grad_enabled() else out
+
+
+def kept_as(x: Tensor, saves: Callable[[dict[str, Tensor]], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which the backward pass keeps ``saves`` of x in place of x: outputs and the gradient to x stay, bit for bit."""
+
+    def packed(t: Tensor) -> Tensor:
+        return saves({"x": t.detach()}) if t.data_ptr() == x.data_ptr() and t.numel() == x.numel() else t
+
+    return torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t)
 
 
 def spread_of(layer: nn.Module, x: Tensor) -> Tensor:

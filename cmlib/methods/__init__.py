@@ -6,9 +6,9 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import binary, codebooks, grids, prune, quantize, structures
+from . import binary, codebooks, fewbits, formats, grids, prune, quantize, structures
 
-CHAPTERS: tuple[ModuleType, ...] = (prune, structures, quantize, grids, codebooks, binary)
+CHAPTERS: tuple[ModuleType, ...] = (prune, structures, quantize, grids, codebooks, binary, fewbits, formats)
 
 
 def catalog() -> dict[str, Method]:
