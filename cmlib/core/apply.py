@@ -86,7 +86,7 @@ class Attached(nn.Module):
 
     def _remember(self, state: State) -> None:
         for name, value in state.items():
-            if isinstance(value, Tensor) and name in self._buffers:
+            if isinstance(value, Tensor) and name in self._buffers and value is not self._buffers[name]:
                 getattr(self, name).copy_(value.detach())
             elif not isinstance(value, Tensor):
                 self.rest[name] = value
@@ -240,7 +240,9 @@ def local_reparametrization(layer: nn.Module, inputs: tuple[Tensor, ...], out: T
     between = next(a for a in layer.parametrizations.weight if isinstance(a, Attached))
     if not between.training:
         return out
-    variance = apply_weight(layer, inputs[0].square(), between.method.training.variance(between.packed(latent(layer))))
+    var = between.method.training.variance(between.packed(latent(layer)))
+    var = var if between.pruned is None else torch.zeros_like(latent(layer)).masked_scatter(between.pruned, var)
+    variance = apply_weight(layer, inputs[0].square(), var)
     return out + variance.clamp(min=1e-12).sqrt() * torch.randn_like(out)
 
 
