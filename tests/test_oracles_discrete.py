@@ -13,6 +13,7 @@ from torch import nn
 
 from cmlib.core.apply import attached_hooks, latent, penalty, plan_of
 from cmlib.core.method import call
+from cmlib.lab.stages import turn
 from cmlib.lab.train import fit
 from cmlib.lab.verbs import compress
 from cmlib.methods import catalog
@@ -312,3 +313,61 @@ def test_relaxed_weights_train_all_three_and_end_on_the_grid(digits64):
     assert math.isclose((between.sigma - between.step).exp().item(), 1 / 3)
     fit(copy, digits64, epochs=1)
     assert not any(torch.equal(a, b) for a, b in zip(was, (latent(copy[1]), between.step, between.sigma), strict=True))
+
+
+# SLQ
+
+
+def test_slq_at_once_is_the_scalar_codebook_and_with_a_level_a_weight_the_identity():
+    w = normal(30, 20)
+    for bits in (2, 4):
+        found = codes("slq", w, bits=bits).dense()
+        assert torch.allclose(found, catalog()["vq_gong"](w, k=1 << bits).dense().detach(), rtol=1e-12) and found.unique().numel() == 1 << bits
+    assert torch.allclose(codes("slq", w[:2, :8], bits=4).dense(), w[:2, :8], rtol=1e-12)
+
+
+def test_slq_takes_the_clusters_of_largest_error_first():
+    w = torch.tensor([0.0, 0.01, 1.0, 1.1, 2.0, 2.4, 5.0, 5.02], dtype=F64)
+    for order, kept in (("large_loss_first", [2.2, 2.2]), ("small_loss_first", [0.005, 0.005])):
+        first = codes("slq", w, bits=2, portion=0.25, partition_order=order)
+        frozen = first.state["frozen"]
+        assert (
+            frozen.sum() == 2
+            and torch.allclose(first.dense()[frozen], torch.tensor(kept, dtype=F64))
+            and torch.equal(first.dense()[~frozen], w[~frozen])
+        )
+    chosen = codes("slq", w, bits=2, portion=0.5, partition_order="random").state["frozen"]
+    assert chosen.sum() == 4 and not torch.equal(chosen, codes("slq", w, bits=2, portion=0.5).state["frozen"])
+
+
+def trained_by_stages(seed, digits64, stages):
+    torch.manual_seed(seed)
+    x, y = digits64[0][:300], digits64[1][:300]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    fit(model, (x, y), epochs=10, lr=0.02, seed=seed, keep_best=False)
+    seen = []
+    model = compress(model, "slq", bits=2, portion=stages[0])
+    for portion in stages:
+        plan = plan_of(fit_and_return(turn(model, portion=portion), (x, y), 0 if portion == 1 else 10, seed))
+        (between,) = model[1].parametrizations.weight
+        seen.append((plan["1"].dense().flatten(), between.frozen.clone()))
+    return F.cross_entropy(model.eval()(x), y).item(), seen
+
+
+def fit_and_return(model, pair, epochs, seed):
+    fit(model, pair, epochs=epochs, lr=0.02, seed=seed, keep_best=False)
+    if not epochs:
+        model.train()(pair[0])  # the portion is taken on a training forward
+    return model.eval()
+
+
+def test_slq_frozen_weights_stay_and_the_others_make_up_for_them(digits64):
+    ours, at_once = [], []
+    for seed in range(3):
+        loss, seen = trained_by_stages(seed, digits64, (0.25, 0.5, 0.75, 1.0))
+        for (was, frozen), (now, more) in itertools.pairwise(seen):
+            assert torch.equal(was[frozen], now[frozen]) and (more | ~frozen).all() and not torch.equal(was[~frozen], now[~frozen])
+        assert seen[-1][1].all() and seen[-1][0].unique().numel() <= 4
+        ours.append(loss)
+        at_once.append(trained_by_stages(seed, digits64, (1.0,))[0])
+    assert sum(ours) < 0.9 * sum(at_once)

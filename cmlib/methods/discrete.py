@@ -1,4 +1,5 @@
-"""Chapter 04, quantization: float weights drawn towards few levels by training: by splitting, by chances for each level, by noise.
+"""Chapter 04, quantization: float weights drawn towards few levels by training: by splitting, by chances for each level, by
+noise, by clusters that are rounded one after another.
 
 Leaves give the codes of a weight, and in training what stands in for them. Of a pruned layer the weight is the vector of what is left. (Survey
 sections are of the 2020 survey, 001.)
@@ -6,14 +7,16 @@ sections are of the 2020 survey, 001.)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.codes import Codes, nearest_level
-from ..core.knobs import Pick, Span, Switch
+from ..core.clusters import Line
+from ..core.codes import Codes, Sum, nearest_level
+from ..core.knobs import Pick, Span, Switch, Weight
 from ..core.method import Training, quantizer
 from ..core.packed import Masked, State
 
@@ -158,3 +161,41 @@ def relaxed_quantization(
     return Codes(
         w, nearest_level(w.detach().reshape(1, -1), levels.detach()[None]), torch.stack([step, step * 0 + count / 2])[None], count, state=state
     )
+
+
+ORDERS = ("large_loss_first", "small_loss_first", "random")
+
+
+@quantizer("Xu, Wang, Zhou, Lin & Xiong 2018, Deep neural network compression with single and multiple level quantization",
+           chapter="04", exempt={"trains": "with a portion of 1 every cluster is rounded at once, and stays"})  # fmt: skip
+def slq(
+    w, *, bits: Annotated[int, Span(2, 8, integer=True)] = 5, portion: Weight = 1.0, partition_order: Annotated[str, Pick(*ORDERS)] = ORDERS[0],
+    state: State | None = None,
+):  # fmt: skip
+    """Single-level network quantization (SLQ).
+
+    The weights are clustered by k-means; a ``portion`` of the 2^bits clusters, those of the largest error first, become their centroids and stay so,
+    the others are float and learn to make up for it. The portion is turned up in stages with training between (``cmlib.lab.stages``), and what is
+    left is clustered anew each time (survey 001, 2.2.3 [73], which has the order). At once it is ``vq_gong``'s scalar codebook.
+    """
+    flat, k = w.detach().flatten(), 1 << bits
+    if state is None:
+        nothing = torch.zeros_like(flat, dtype=torch.bool)
+        state = {"levels": flat.new_zeros(1, k), "index": torch.full_like(flat, k - 1, dtype=torch.long), "frozen": nothing, "done": 0}
+    done, frozen = state["done"], state["frozen"]
+    due = round(portion * k) - done
+    if due > 0 and not frozen.all():
+        rest = flat[~frozen]
+        centroids, own = (torch.from_numpy(t).to(w.device) for t in Line(rest.cpu()).cluster(k - done))
+        loss = torch.bincount(own, (rest - centroids[own]).square(), k - done)
+        chance = torch.randperm(k - done, generator=torch.Generator().manual_seed(0)).to(loss)
+        first = {"large_loss_first": -loss, "small_loss_first": loss, "random": chance}[partition_order].argsort(stable=True)[:due]
+        levels, number = state["levels"].clone(), torch.full_like(loss, k - 1, dtype=torch.long)
+        levels[0, done : done + due], number[first] = centroids[first].to(w), torch.arange(done, done + due, device=w.device)
+        taken = torch.isin(own, first)
+        index, stays = state["index"].masked_scatter(~frozen, number[own]), frozen.masked_scatter(~frozen, taken)
+        state = {"levels": levels, "index": index, "frozen": stays, "done": done + due}
+    codes = Codes(w, state["index"][None], state["levels"], k, "table", straight=False)  # the last level is 0 until all are taken
+    if state["frozen"].all():
+        return replace(codes, state=state)
+    return Sum(w, (codes, Masked(w, ~state["frozen"].reshape(w.shape))), state=state)
