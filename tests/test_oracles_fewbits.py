@@ -16,6 +16,7 @@ from cmlib.core.packed import Masked
 from cmlib.core.sites import Site, attach_site
 from cmlib.core.wrapped import Sited
 from cmlib.lab.cost import multiply_adds
+from cmlib.lab.stages import turn
 from cmlib.lab.train import fit
 from cmlib.lab.verbs import compress
 from cmlib.methods import catalog
@@ -334,3 +335,9 @@ def test_v_quant_costs_its_codes_and_a_sparse_list():
     again = compress(nn.Sequential(nn.Linear(20, 5)), "magnitude_pruning_han", keep=0.5)
     pruned = plan_of(compress(again, "value_aware_quantization", large_ratio_percent=10.0))["0"]
     assert pruned.kept == 50 and pruned.dense().count_nonzero() <= 50 and len(pruned.codes.terms) == 2
+
+
+@pytest.mark.parametrize(("key", "knob"), [("few_multiplications", {"min_exponent": -2}), ("value_aware_quantization", {"low_bits": 4})])
+def test_knobs_of_what_is_kept_are_not_turned_afterwards(key, knob):
+    with pytest.raises(ValueError, match="is a knob of inputs or gradients"):
+        turn(compress(nn.Sequential(nn.Linear(6, 4)), key), **knob)
