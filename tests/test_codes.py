@@ -284,3 +284,16 @@ def test_coded_says_what_it_can_do():
         coded(compress(net(), uniform), "zip")
     with pytest.raises(ValueError, match="nothing is attached"):
         coded(net())
+
+
+def test_groups_may_lie_along_any_axes():
+    w = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    axes = (2, 3, 0, 1)
+    rows = w.permute(axes).reshape(10, -1)
+    scale = rows.abs().mean(1, keepdim=True)
+    packed = Codes(w, (rows >= 0).long(), 2 * scale, 2, axes=axes)
+    assert torch.allclose(packed.dense(), scale.reshape(2, 5)[None, None] * torch.where(w >= 0, 1.0, -1.0))
+    back = Codes.decode(packed.arrays(), packed.meta())
+    assert torch.equal(back.dense(), packed.dense())
+    with pytest.raises(ValueError, match=r"\[0, 0, 1, 2\] are not the axes of a weight of 4"):
+        Codes.decode(packed.arrays(), {**packed.meta(), "axes": [0, 0, 1, 2]})

@@ -228,6 +228,30 @@ def test_wage_moves_by_its_step_whatever_the_rate():
     assert torch.allclose(*moved, atol=1e-12) and moved[0].abs().max() >= 1 / 128
 
 
+def test_wage_of_many_bits_is_descent_with_shifted_gradients():
+    torch.manual_seed(0)
+    x = normal(60, 10)
+    y = x @ (0.3 * normal(10, 4, seed=1))
+    model = nn.Sequential(nn.Linear(10, 4, bias=False)).double()
+    w, alpha, eta = model[0].weight.detach().clone(), methods.layer_shift(model[0].weight, 8), 300.0
+    curve = []
+    copy = compress(model, "wage", bits=8, g_bits=16, e_bits=16).train()
+    copy[0].parametrizations.weight[0].knobs["eta"] = eta  # beyond the slider: a step is eta 2^-15
+    rule = torch.optim.SGD(copy.parameters(), lr=1.0)
+    (hook,) = attached_hooks(copy)
+    for _ in range(60):
+        rule.zero_grad()
+        ours = (copy(x) - y).square().mean()
+        ours.backward()
+        hook.gradients(copy, rule)
+        rule.step()
+        hook.after(copy, rule)
+        g = 2 * (x @ w.T - y).T @ x / y.numel()
+        curve.append((ours.item(), (x @ w.T - y).square().mean().item()))
+        w = w - eta * g / methods.ap2(g.abs().max()) * 2.0**-15 / alpha
+    assert curve[-1][1] < 0.5 * curve[0][1] and all(abs(a - b) < 0.02 * b + 1e-3 for a, b in curve)
+
+
 # SYQ
 
 
