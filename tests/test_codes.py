@@ -345,3 +345,16 @@ def test_a_sum_whose_terms_claim_another_shape_is_refused_before_anything_is_dec
         type(packed).decode(arrays, meta)
     assert tracemalloc.get_traced_memory()[1] < 1e6
     tracemalloc.stop()
+
+
+def test_groups_may_lie_along_any_axes():
+    w = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    axes = (2, 3, 0, 1)
+    rows = w.permute(axes).reshape(10, -1)
+    scale = rows.abs().mean(1, keepdim=True)
+    packed = Codes(w, (rows >= 0).long(), 2 * scale, 2, axes=axes)
+    assert torch.allclose(packed.dense(), scale.reshape(2, 5)[None, None] * torch.where(w >= 0, 1.0, -1.0))
+    back = Codes.decode(packed.arrays(), packed.meta())
+    assert torch.equal(back.dense(), packed.dense())
+    with pytest.raises(ValueError, match=r"\[0, 0, 1, 2\] are not the axes of a weight of 4"):
+        Codes.decode(packed.arrays(), {**packed.meta(), "axes": [0, 0, 1, 2]})

@@ -20,7 +20,7 @@ from .channels import LAYERS
 from .codes import SparseCodes
 from .method import Method, call
 from .packed import Masked, Packed, State, laid_like
-from .sites import Affine, Site, Steps, attach_site, detach_site, input_of, rounds_gradients
+from .sites import INPUTS, Site, attach_site, detach_site, input_of, rounds_gradients
 from .wrapped import Sited
 
 Plan = dict[str, Packed]
@@ -86,7 +86,7 @@ class Attached(nn.Module):
 
     def _remember(self, state: State) -> None:
         for name, value in state.items():
-            if isinstance(value, Tensor) and name in self._buffers:
+            if isinstance(value, Tensor) and name in self._buffers and value is not self._buffers[name]:
                 getattr(self, name).copy_(value.detach())
             elif not isinstance(value, Tensor):
                 self.rest[name] = value
@@ -98,7 +98,7 @@ def moved(packed: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return fn(packed)
     if isinstance(packed, tuple):
         return tuple(moved(p, fn) for p in packed)
-    inside = (Packed, Steps, Affine)
+    inside = (Packed, *INPUTS.values())
     return replace(packed, **{f.name: moved(getattr(packed, f.name), fn) for f in fields(packed)}) if isinstance(packed, inside) else packed
 
 
@@ -133,7 +133,7 @@ def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs
     detach(layer)
     detach_site(layer)
     given = getattr(packed, "input", None)
-    if given is not None or rounds_gradients(method, knobs or {}):
+    if given is not None or rounds_gradients(method, knobs or {}) or (method is not None and method.saves is not None):
         attach_site(layer, Site(given, method, knobs))
     packed = packed.inner if isinstance(packed, Sited) else packed
     between = Attached(packed, method, knobs).to(layer.weight.device)
@@ -240,7 +240,9 @@ def local_reparametrization(layer: nn.Module, inputs: tuple[Tensor, ...], out: T
     between = next(a for a in layer.parametrizations.weight if isinstance(a, Attached))
     if not between.training:
         return out
-    variance = apply_weight(layer, inputs[0].square(), between.method.training.variance(between.packed(latent(layer))))
+    var = between.method.training.variance(between.packed(latent(layer)))
+    var = var if between.pruned is None else torch.zeros_like(latent(layer)).masked_scatter(between.pruned, var)
+    variance = apply_weight(layer, inputs[0].square(), var)
     return out + variance.clamp(min=1e-12).sqrt() * torch.randn_like(out)
 
 
@@ -261,8 +263,15 @@ class Hook:
 
 
 def attached_hooks(model: nn.Module, epoch: int = 1) -> list[Hook]:
-    """The projections that attached methods ask for after each step, ``epoch`` of which make an epoch."""
-    steps, layers = itertools.count(1), [(layer, a) for _, layer, a in attached(model) if a.method is not None and a.method.training.project]
+    """What attached methods make of gradients, and the projections that they ask for after each step, ``epoch`` of which make an epoch."""
+    learning = [(layer, a) for _, layer, a in attached(model) if a.method is not None]
+    steps, layers = itertools.count(1), [(layer, a) for layer, a in learning if a.method.training.project]
+    rewritten = [(layer, a) for layer, a in learning if a.method.training.gradient]
+
+    def rewrite(_: nn.Module, rule: torch.optim.Optimizer) -> None:
+        for layer, a in rewritten:
+            w = latent(layer)
+            w.grad = call(a.method.training.gradient, {"g": w.grad, "lr": rule.param_groups[0]["lr"]}, a.knobs)
 
     def project(_: nn.Module, rule: torch.optim.Optimizer) -> None:
         available = {"lr": rule.param_groups[0]["lr"], "epoch_ends": next(steps) % epoch == 0}
@@ -271,7 +280,7 @@ def attached_hooks(model: nn.Module, epoch: int = 1) -> list[Hook]:
                 w = latent(layer)
                 w.copy_(call(a.method.training.project, {"w": w, **available}, a.knobs))
 
-    return [Hook(after=project)] if layers else []
+    return [Hook(gradients=rewrite, after=project)] if layers or rewritten else []
 
 
 def penalty(model: nn.Module, examples: int, progress: float) -> Tensor | float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .channels import Group, groups
-from .evidence import CHUNK, Evidence, Layers, Loss, _patches, _watched
+from .evidence import CHUNK, Evidence, Layers, Loss, _watched, patches
 
 RELUS = {F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.hardtanh, F.hardtanh_}
 POSITIONS = 10  # places of a map that are looked at in each image (He et al. 2017 and Luo et al. 2017 sample so)
@@ -73,7 +73,7 @@ def next_acts_in(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: L
             with _watched({name: reader for name, (reader, _) in reads.items()}) as seen:
                 model(xs)
             for name, (reader, places) in reads.items():
-                columns = _patches(reader, seen[name][0])[:, 0]  # (examples, inputs x kernel, positions)
+                columns = patches(reader, seen[name][0])[:, 0]  # (examples, inputs x kernel, positions)
                 positions = torch.randint(columns.shape[2], (len(columns), min(POSITIONS, columns.shape[2])), generator=draw).to(columns.device)
                 chosen = columns.gather(2, positions[:, None].expand(-1, columns.shape[1], -1)).transpose(1, 2).flatten(0, 1)
                 parts[name].append(_by_channel(chosen, places, reader))

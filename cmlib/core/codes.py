@@ -42,12 +42,32 @@ def basis(params: Tensor, count: int) -> Tensor:
     return params @ (2 * bits.T - 1).to(params.dtype)
 
 
+def floats(params: Tensor, count: int) -> Tensor:
+    """All numbers of a small floating-point format, whose bits of exponent and mantissa are stored; negative ones first (IEEE 754, no infinity)."""
+    exponent, mantissa = params[:, :1], params[:, 1:]
+    code = torch.arange((count + 1) // 2, dtype=params.dtype, device=params.device)
+    e, m = (code / torch.exp2(mantissa)).floor(), code % torch.exp2(mantissa)
+    sizes = (m + torch.exp2(mantissa) * (e > 0)) * torch.exp2(e.clamp(min=1) - (torch.exp2(exponent - 1) - 1) - mantissa)
+    return torch.cat([-sizes.flip(1), sizes[:, 1:]], 1)
+
+
+def tree(params: Tensor, count: int) -> Tensor:
+    """Dettmers' dynamic tree times the greatest magnitude, which is stored: 10^-z (0.1 + 0.9 (j + 1/2) / 2^n), and 0 and 1, for n = b - 2 - z bits.
+
+    A code of b bits is a sign, z zeros, a one and n bits j. One of the two codes without a one is 0, the other 1.
+    """
+    last = (count - 1).bit_length() - 2
+    sizes = torch.cat([0.1 ** (last - n) * (0.1 + 0.9 * (torch.arange(1 << n, dtype=params.dtype) + 0.5) / (1 << n)) for n in range(last + 1)])
+    unit = torch.cat([-sizes.flip(0), sizes.new_zeros(1), sizes, sizes.new_ones(1)]).to(params)
+    return params[:, :1] * unit
+
+
 def table(params: Tensor, count: int) -> Tensor:
     """The levels themselves: numbers (groups, count), or vectors of d weights (groups, count, d)."""
     return params
 
 
-GRIDS: dict[str, Callable[[Tensor, int], Tensor]] = {f.__name__: f for f in (linear, powers, basis, table)}
+GRIDS: dict[str, Callable[[Tensor, int], Tensor]] = {f.__name__: f for f in (linear, powers, basis, floats, tree, table)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +79,7 @@ class Codes(Whole):
     ``values``  the latent weight, to which a straight-through gradient goes where ``straight``: its derivative to the method's own latent
                 weight is the method's choice.
     ``columns`` the groups are runs of columns of the weight matrix (out, rest) rather than of rows.
+    ``axes``    the groups lie one after another not in the weight but in ``weight.permute(axes)``; all of its axes, or none for the weight itself.
 
     ``params`` have their true gradient.
     """
@@ -72,6 +93,7 @@ class Codes(Whole):
     straight: bool = True
     state: State = field(default_factory=dict)
     vectors: tuple[tuple[str, int], ...] = ()
+    axes: tuple[int, ...] = ()
 
     @property
     def levels(self) -> Tensor:
@@ -90,6 +112,9 @@ class Codes(Whole):
         entries = levels[group, self.index] if levels.dim() == 3 else levels.gather(1, self.index)
         if self.columns:  # (column groups, rows, d) -> (rows, column groups, d)
             entries = entries.reshape(len(levels), len(self.values), -1).transpose(0, 1)
+        if self.axes:
+            back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+            return entries.reshape([self.values.shape[a] for a in self.axes]).permute(back).contiguous()
         return entries.reshape(self.values.shape)
 
     def through(self, w: Tensor) -> Tensor:
@@ -106,7 +131,7 @@ class Codes(Whole):
         return {"params": self.params.detach().cpu().numpy()}, {"codes": (self.index.flatten().cpu().numpy(), self.width)}
 
     def meta(self) -> dict[str, Any]:
-        shapes = {"shape": list(self.values.shape), "params": list(self.params.shape), "codes": self.index.shape[1]}
+        shapes = {"shape": list(self.values.shape), "params": list(self.params.shape), "codes": self.index.shape[1], "axes": list(self.axes)}
         return {"type": "codes", "grid": self.grid, "count": self.count, "columns": self.columns, **shapes, **vectors_meta(self.vectors)}
 
     @classmethod
@@ -127,8 +152,9 @@ class Codes(Whole):
         codes = streams["codes"].astype(np.int64).reshape(shape[0], -1)
         storage.need(codes.size == 0 or codes.max() < count, f"a code is not below {count}")
         params = torch.from_numpy(plain["params"].copy()).reshape(shape)
-        values = torch.empty(tuple(meta["shape"]), dtype=params.dtype)
-        found = cls(values, torch.from_numpy(codes), params, count, grid, bool(meta["columns"]), straight=False, vectors=vectors_of(meta))
+        values, axes = torch.empty(tuple(meta["shape"]), dtype=params.dtype), tuple(meta.get("axes", ()))
+        storage.need(not axes or sorted(axes) == list(range(values.dim())), f"{list(axes)} are not the axes of a weight of {values.dim()}")
+        found = cls(values, torch.from_numpy(codes), params, count, grid, bool(meta["columns"]), straight=False, vectors=vectors_of(meta), axes=axes)
         storage.need(bool(found.levels.isfinite().all()), "a level is not finite")
         return replace(found, values=found.rounded())
 
@@ -146,7 +172,8 @@ def _fits(grid: str, shape: tuple[int, ...], count: int) -> bool:
     """Whether params of this shape make ``count`` levels."""
     if grid == "table":
         return len(shape) in (2, 3) and shape[1] == count
-    fits = {"linear": lambda p: p in (1, 2), "powers": lambda p: p == 1 and count % 2 == 1, "basis": lambda p: p < 17 and 1 << p == count}
+    fits = {"linear": lambda p: p in (1, 2), "powers": lambda p: p == 1 and count % 2 == 1, "basis": lambda p: p < 17 and 1 << p == count,
+            "floats": lambda p: p == 2 and count % 2 == 1, "tree": lambda p: p == 1 and count in (1 << b for b in range(2, 17))}  # fmt: skip
     return len(shape) == 2 and fits[grid](shape[1])
 
 
@@ -155,6 +182,11 @@ def nearest_level(w: Tensor, levels: Tensor) -> Tensor:
     rising, order = levels.sort(1)
     middles = (rising[:, 1:] + rising[:, :-1]) / 2
     return order.gather(1, torch.searchsorted(middles.contiguous(), w.contiguous(), right=True))
+
+
+def sign_term(left: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The multiple of a sign, with sign(0) = +1, that is nearest to ``left`` along ``dim``: (its size, the mean magnitude; the sign)."""
+    return left.abs().mean(dim, keepdim=True), torch.where(left >= 0, 1.0, -1.0).to(left)
 
 
 def grouped(w: Tensor, per: str) -> Tensor:

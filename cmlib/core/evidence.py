@@ -84,7 +84,7 @@ def acts_gram(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss
             with _watched(layers) as seen:
                 model(xs)
             for name, (a, _) in seen.items():
-                p = _patches(layers[name], a).transpose(0, 1).transpose(2, 3).flatten(1, 2)  # (groups, examples x positions, k)
+                p = patches(layers[name], a).transpose(0, 1).transpose(2, 3).flatten(1, 2)  # (groups, examples x positions, k)
                 total[name] = total.get(name, 0) + p.transpose(1, 2) @ p
                 count[name] = count.get(name, 0) + p.shape[1]
     return {name: t / count[name] for name, t in total.items()}
@@ -120,7 +120,7 @@ def _example_gradients(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, l
         outputs = [o for _, o in seen.values()]
         for column in _root(z.detach(), ys, loss).unbind(2):
             deltas = zip(seen, torch.autograd.grad(z, outputs, column, retain_graph=True, allow_unused=True), strict=True)
-            yield {name: (_patches(layers[name], seen[name][0]), _grouped(layers[name], d)) for name, d in deltas if d is not None}
+            yield {name: (patches(layers[name], seen[name][0]), _grouped(layers[name], d)) for name, d in deltas if d is not None}
 
 
 def _root(z: Tensor, y: Tensor, loss: Loss) -> Tensor:
@@ -134,7 +134,7 @@ def _root(z: Tensor, y: Tensor, loss: Loss) -> Tensor:
     return root @ signs / PROBES**0.5
 
 
-def _patches(layer: nn.Module, a: Tensor) -> Tensor:
+def patches(layer: nn.Module, a: Tensor) -> Tensor:
     """What each output of a layer is a product of: (examples, groups, k, positions), k the weights of one output."""
     if isinstance(layer, nn.Linear):
         return a.reshape(len(a), 1, -1, a.shape[-1]).transpose(2, 3)

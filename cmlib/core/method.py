@@ -25,12 +25,15 @@ from .select import selection
 class Training:
     """What a method wants of training, besides its forward pass; every part may be left out.
 
+    ``gradient(g, [lr], **knobs)``: what takes the place of the latent weight's gradient.
+
     ``penalty(packed, [examples, progress], **knobs)``: a scalar added to the task's mean loss; ``examples`` is the number of
     training examples, ``progress`` goes from 0 to 1. ``project(w, [lr, epoch_ends], **knobs)``: the weight after each optimizer step.
     ``variance(packed)``: the weight's variance, sampled at the pre-activations (local reparameterization).
     """
 
     penalty: Callable | None = None
+    gradient: Callable | None = None
     project: Callable | None = None
     variance: Callable | None = None
 
@@ -43,7 +46,8 @@ class Method:
     the weights that stay; ``rebuild(rows, <evidence>, **knobs)`` gives the next layer's weight, shaped as ``next_w``, for the channels
     ``rows`` that stay. ``training`` is what it wants of training. ``filters(**knobs)``: whether a method that makes its own masks removes
     filters whole. ``acts([x, training], **knobs)``: what a quantizer rounds the layers' inputs to (``cmlib.core.sites``), None to leave them
-    alone; ``errors(g, **knobs)``: the rounded gradient at the layers' outputs; their knobs join the method's. ``exempt`` names laws that it
+    alone; ``errors(g, **knobs)``: the rounded gradient at the layers' outputs; ``saves(x, **knobs)``: what training keeps of the inputs to work out
+    the weights' gradient from, which alone changes; the knobs of all three join the method's. ``exempt`` names laws that it
     cannot meet, with the reason.
     """
 
@@ -58,6 +62,7 @@ class Method:
     filters: Callable[..., bool] | None = None
     acts: Callable | None = None
     errors: Callable | None = None
+    saves: Callable | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
 
@@ -105,8 +110,13 @@ class Method:
         return self.kind == "score" and inspect.signature(self.fn).return_annotation not in (Masked, "Masked")
 
     @cached_property
+    def companions(self) -> tuple[Callable, ...]:
+        """The function, and those that round what its layers read, keep and get back."""
+        return tuple(fn for fn in (self.fn, self.acts, self.errors, self.saves) if fn is not None)
+
+    @cached_property
     def own_knobs(self) -> dict[str, Knob]:
-        return {n: k for fn in (self.fn, self.acts, self.errors) if fn is not None for n, k in knobs_of(fn).items()}
+        return {n: k for fn in self.companions for n, k in knobs_of(fn).items()}
 
     @cached_property
     def knobs(self) -> dict[str, Knob]:
@@ -122,7 +132,7 @@ class Method:
 
 def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
     def decorator(paper: str, *, chapter: str, **how: Any) -> Callable[[Callable], Method]:
-        settings = {k: how.pop(k) for k in ("joint", "repair", "rebuild", "training", "filters", "acts", "errors", "exempt") if k in how}
+        settings = {k: how.pop(k) for k in ("joint", "repair", "rebuild", "training", "filters", "acts", "errors", "saves", "exempt") if k in how}
         return lambda fn: Method(fn, kind, paper, chapter, defaults=how, **settings)
 
     decorator.__name__ = kind

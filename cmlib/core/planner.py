@@ -154,9 +154,11 @@ class Planner:
             elif before.kept == 0:
                 plan[name] = before
             else:
-                left = {n: v[..., before.mask] if isinstance(v, Tensor) else v for n, v in given.items()}
+                left = {n: _of_what_stays(v, before.mask) for n, v in given.items()}
                 codes = call(self.method.fn, left, {**knobs, "state": None})
-                plan[name] = SparseCodes(given["w"], before.mask, codes, state=codes.state, vectors=before.vectors)
+                plan[name] = (
+                    before if isinstance(codes, Masked) else SparseCodes(given["w"], before.mask, codes, state=codes.state, vectors=before.vectors)
+                )
         return plan
 
     def _as_before(self, name: str, packed: Packed) -> Packed:
@@ -285,6 +287,13 @@ def gather(
     if name not in CHANNEL_PROVIDERS and (idle := [n for n in layers if n not in found]):
         raise ValueError(f"layer {idle[0]} takes no part in the output, so it has no {name}; leave it out with where=...")
     return {n: v.detach() for n, v in found.items()}
+
+
+def _of_what_stays(value: Any, mask: Tensor) -> Any:
+    """Evidence of the weights that stay, as one vector; None where it is not one of single weights."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[..., mask] if value.shape[value.dim() - mask.dim() :] == mask.shape else None
 
 
 def _column(s: Tensor, w: Tensor) -> Tensor:

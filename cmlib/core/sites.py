@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import storage
+from .codes import sign_term
+from .evidence import patches
 from .method import Method, call
 from .packed import Arrays, State, laid_like
 
@@ -47,7 +49,8 @@ class Steps:
     """``levels`` (count,), rising, the i-th where x lies from ``thresholds[i - 1]`` on and below ``thresholds[i]``.
 
     ``slope`` is what stands for the derivative in training (1 between the outer levels, if not given). ``spread``: the layer's output is
-    multiplied by the mean of |x| over the inputs that each output sees (XNOR-Net's K).
+    multiplied by the mean of |x| over the inputs that each output sees (XNOR-Net's K). ``order``: what an output sees is a sum of so many
+    such signs, each of what those before it left and times its mean size (HORQ); 0 for none.
     """
 
     thresholds: Tensor
@@ -55,22 +58,25 @@ class Steps:
     slope: Callable[[Tensor], Tensor] | None = None
     spread: bool = False
     state: State = field(default_factory=dict)
+    order: int = 0
 
     @property
     def count(self) -> int:
-        return len(self.levels)
+        return len(self.levels) ** max(1, self.order)
 
     def rounded(self, x: Tensor) -> Tensor:
         levels, thresholds = self.levels.to(x), self.thresholds.to(x)
-        if self.count == 2:  # a comparison is three times as fast as a search
+        if len(self.levels) == 2:  # a comparison is three times as fast as a search
             return torch.where(x.detach() >= thresholds, levels[1], levels[0])
         return laid_like(levels[torch.bucketize(x.detach().contiguous(), thresholds, right=True)], x)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.rounded(x)
-        slope = self.slope or inside(*self.levels[[0, -1]].tolist())
-        return Straight.apply(x, self.rounded(x), slope(x.detach()))
+        return Straight.apply(x, self.rounded(x), self.derivative(x.detach()))
+
+    def derivative(self, x: Tensor) -> Tensor:
+        return (self.slope or inside(*self.levels[[0, -1]].tolist()))(x)
 
     def arrays(self) -> Arrays:
         return {"thresholds": self.thresholds.detach().cpu().numpy(), "levels": self.levels.detach().cpu().numpy()}
@@ -79,7 +85,7 @@ class Steps:
         return replace(self, thresholds=self.thresholds.detach().clone(), levels=self.levels.detach().clone(), state={})
 
     def meta(self) -> dict[str, Any]:
-        return {"type": "steps", "spread": self.spread}
+        return {"type": "steps", "spread": self.spread, "order": self.order}
 
     @classmethod
     def decode(cls, arrays: Arrays, meta: dict[str, Any]) -> Steps:
@@ -87,7 +93,8 @@ class Steps:
         flat = levels.dim() == thresholds.dim() == 1
         storage.need(flat and 0 < len(levels) <= 1 << 16 and len(thresholds) == len(levels) - 1, "thresholds and levels of an input do not fit")
         storage.need(bool((thresholds.diff() >= 0).all()) and bool(levels.isfinite().all()), "thresholds do not rise, or a level is not finite")
-        return cls(thresholds, levels, spread=bool(meta["spread"]))
+        storage.need(meta.get("order", 0) in range(5), "an input is a sum of at most 4 signs")
+        return cls(thresholds, levels, spread=bool(meta["spread"]), order=meta.get("order", 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +109,7 @@ class Affine:
     count: int
     state: State = field(default_factory=dict)
     spread = False
+    order = 0
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes, whole numbers in the type of x: round(x / scale) + zero, clamped; halves to even, as torch's own fake quantization has them."""
@@ -145,9 +153,58 @@ def affine(low: Tensor, high: Tensor, count: int, state: State | None = None) ->
     return Affine(scale, (-low / scale).round().clamp(0, count - 1), count, state or {})
 
 
+def round_float(x: Tensor, exponent: int, mantissa: int, rounding: str = "nearest") -> Tensor:
+    """x as a small floating-point number: a sign, so many bits of exponent and of mantissa, subnormal ones too; the largest where it is too large.
+
+    ``nearest`` (halfway, the even one) or ``stochastic``, up with the probability that keeps the mean.
+    """
+    bias = 2 ** (exponent - 1) - 1
+    step = torch.exp2((torch.frexp(x).exponent - 1).clamp(min=1 - bias).to(x.dtype) - mantissa)
+    q = x / step
+    q = q.round() if rounding == "nearest" else (q + torch.rand_like(q)).floor()
+    most = (2 - 2.0**-mantissa) * 2.0**bias
+    return (q * step).clamp(-most, most)
+
+
+@dataclass(frozen=True, eq=False)
+class Floating:
+    """Small floating-point numbers, bits of ``exponent`` and ``mantissa``, both 0-d tensors (``round_float``)."""
+
+    exponent: Tensor
+    mantissa: Tensor
+    state: State = field(default_factory=dict)
+    spread = False
+    order = 0
+
+    @property
+    def count(self) -> int:
+        return ((1 << int(self.exponent)) - 1 << 1 + int(self.mantissa)) - 1
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return round_float(x, int(self.exponent), int(self.mantissa))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return Straight.apply(x, self.rounded(x.detach()), torch.ones_like(x)) if torch.is_grad_enabled() and x.requires_grad else self.rounded(x)
+
+    def arrays(self) -> Arrays:
+        return {"floating": torch.stack([self.exponent, self.mantissa]).cpu().numpy()}
+
+    def frozen(self) -> Floating:
+        return replace(self, exponent=self.exponent.clone(), mantissa=self.mantissa.clone(), state={})
+
+    def meta(self) -> dict[str, Any]:
+        return {"type": "floating"}
+
+    @classmethod
+    def decode(cls, arrays: Arrays, meta: dict[str, Any]) -> Floating:
+        bits = arrays["floating"].tolist()
+        storage.need(len(bits) == 2 and bits[0] in range(2, 9) and bits[1] in range(24), "an exponent has 2 to 8 bits, a mantissa 0 to 23")
+        return cls(*torch.from_numpy(arrays["floating"].copy()))
+
+
 AS_THEY_ARE = 32  # bits of inputs and of gradients that are not rounded
-Input = Steps | Affine
-INPUTS: dict[str, type] = {"steps": Steps, "affine": Affine}  # the name in a file's header -> the dataclass
+Input = Steps | Affine | Floating
+INPUTS: dict[str, type] = {"steps": Steps, "affine": Affine, "floating": Floating}  # the name in a file's header -> the dataclass
 
 
 def rounds_gradients(method: Method | None, knobs: dict[str, Any]) -> bool:
@@ -167,6 +224,8 @@ class Site(nn.Module):
         self.input = given
         self.method = method if given is not None and method is not None and method.follows else None
         self.errors = partial(call, method.errors, knobs=self.knobs) if rounds_gradients(method, self.knobs) else None
+        self.saves = partial(call, method.saves, knobs=self.knobs) if method is not None and method.saves is not None else None
+        self.keeping = None  # open while the layer runs
 
     @property
     def input(self) -> Input | None:
@@ -198,7 +257,7 @@ def attach_site(layer: nn.Module, site: Site) -> None:
     detach_site(layer)
     layer.input_site = site.train(layer.training)
     layer.register_forward_pre_hook(_before)
-    layer.register_forward_hook(_after)
+    layer.register_forward_hook(_after, always_call=True)
 
 
 def detach_site(layer: nn.Module) -> None:
@@ -235,16 +294,39 @@ def inputs_at(model: nn.Module, inputs: dict[str, Input]) -> Iterator[None]:
 
 def _before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     site = layer.input_site
-    site.read = inputs[0] if site.input is not None and site.input.spread else None
-    return (site(inputs[0]), *inputs[1:])
+    given = site.input
+    site.read = inputs[0] if given is not None and (given.spread or given.order) else None
+    read = inputs[0] if given is not None and given.order else site(inputs[0])
+    if site.saves is not None and site.training and torch.is_grad_enabled():
+        site.keeping = kept_as(read, site.saves)
+        site.keeping.__enter__()
+    return (read, *inputs[1:])
 
 
 def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
     site = layer.input_site
+    if site.keeping is not None:
+        site.keeping.__exit__()
+        site.keeping = None
+    if out is None:  # the layer failed
+        return None
     if site.read is not None:
         bias = 0 if layer.bias is None else layer.bias.reshape(-1, *[1] * (layer.weight.dim() - 2))
-        out, site.read = (out - bias) * spread_of(layer, site.read) + bias, None
+        if site.input.order:
+            out = bias + laid_like(of_residual_signs(layer, site.read, site.input).reshape(out.shape), out)
+        else:
+            out = (out - bias) * spread_of(layer, site.read) + bias
+        site.read = None
     return Rounded.apply(out, site.errors) if site.errors is not None and site.training and torch.is_grad_enabled() else out
+
+
+def kept_as(x: Tensor, saves: Callable[[dict[str, Tensor]], Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which the backward pass keeps ``saves`` of x in place of x: outputs and the gradient to x stay, bit for bit."""
+
+    def packed(t: Tensor) -> Tensor:
+        return saves({"x": t.detach()}) if t.data_ptr() == x.data_ptr() and t.numel() == x.numel() else t
+
+    return torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t)
 
 
 def spread_of(layer: nn.Module, x: Tensor) -> Tensor:
@@ -255,6 +337,17 @@ def spread_of(layer: nn.Module, x: Tensor) -> Tensor:
     window = size.new_full((layer.groups, 1, *layer.kernel_size), 1 / math.prod(layer.kernel_size))
     means = F.conv2d(size, window, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     return means.repeat_interleave(layer.out_channels // layer.groups, 1) if layer.groups > 1 else means
+
+
+def of_residual_signs(layer: nn.Module, x: Tensor, given: Steps) -> Tensor:
+    """The layer's linear map, each output of the sum of ``order`` signs that stands for what it sees; padded zeros count, and have no sign."""
+    seen, real = patches(layer, x), patches(layer, torch.ones_like(x[:1]))
+    left, total, slope = seen.detach(), 0.0, 0.0
+    for _ in range(given.order):
+        size, sign = sign_term(left, 2)
+        total, slope, left = total + size * sign * real, slope + size * given.derivative(left), left - size * sign * real
+    out = layer.weight.reshape(1, seen.shape[1], -1, seen.shape[2]) @ Straight.apply(seen, total, slope)
+    return out.transpose(2, 3) if isinstance(layer, nn.Linear) else out
 
 
 class Rounded(torch.autograd.Function):

@@ -153,7 +153,7 @@ def codes_in(packed: Packed) -> list[Codes]:
     packed = bare(packed)
     packed = packed.codes if isinstance(packed, SparseCodes) else packed
     parts = packed.terms if isinstance(packed, Sum) else (packed,)
-    return [p for p in parts if isinstance(p, Codes)]
+    return [c for p in parts for c in (codes_in(p) if isinstance(p, Sum) else [p] if isinstance(p, Codes) else [])]
 
 
 def input_bits(packed: Packed) -> int | None:

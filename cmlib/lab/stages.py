@@ -28,7 +28,7 @@ def turn(model: nn.Module, **knobs: Any) -> nn.Module:
     if not layers:
         raise ValueError("no method that learns is attached to the model; compress() attaches one")
     for a in layers:
-        elsewhere = {name for fn in (a.method.acts, a.method.errors) if fn is not None for name in knobs_of(fn)}
+        elsewhere = {name for fn in a.method.companions[1:] for name in knobs_of(fn)}
         if fixed := elsewhere & knobs.keys():
             raise ValueError(f"{min(fixed)} of {a.method.key} is a knob of inputs or gradients, which stay; compress(..., {min(fixed)}=...) sets it")
         a.knobs = a.method.bind({**a.knobs, **knobs})

@@ -6,9 +6,9 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import codebooks, grids, prune, quantize, structures
+from . import binary, codebooks, discrete, fewbits, formats, grids, prune, quantize, structures
 
-CHAPTERS: tuple[ModuleType, ...] = (prune, structures, quantize, grids, codebooks)
+CHAPTERS: tuple[ModuleType, ...] = (prune, structures, quantize, grids, codebooks, binary, fewbits, formats, discrete)
 
 
 def catalog() -> dict[str, Method]:

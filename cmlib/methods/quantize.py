@@ -200,7 +200,7 @@ def trained_ternary_quantization(w, *, threshold_t: Annotated[float, Span(0, 0.5
 # a few bits
 
 
-def _dorefa_inputs(*, a_bits: WideBits = 2):
+def unit_inputs(*, a_bits: WideBits = 2):
     if a_bits > 16:
         return None
     steps = 2**a_bits - 1
@@ -218,7 +218,7 @@ def _dorefa_errors(g, *, g_bits: WideBits = 32):
 
 
 @quantizer("Zhou, Wu, Ni, Zhou, Wen & Zou 2016, DoReFa-Net: training low bitwidth convolutional neural networks with low bitwidth gradients",
-           chapter="04", acts=_dorefa_inputs, errors=_dorefa_errors, exempt={"idempotent": "tanh squashes again what it has squashed"})  # fmt: skip
+           chapter="04", acts=unit_inputs, errors=_dorefa_errors, exempt={"idempotent": "tanh squashes again what it has squashed"})  # fmt: skip
 def dorefa_net(w, *, bits: Bits = 1):
     """DoReFa-Net.
 
