@@ -35,7 +35,8 @@ def net(method):
 
 def one(method):
     """A layer of ``net`` that the method can act on alone: the last, or a hidden one where whole filters go."""
-    return ("conv1" if method in NORMS else "fc1") if catalog()[method].chapter == "03" else "fc2"
+    m = catalog()[method]
+    return ("conv1" if method in NORMS else "fc1") if m.chapter == "03" or m.defaults.get("unit") == "filter" else "fc2"
 
 
 @pytest.fixture

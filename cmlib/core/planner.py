@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .apply import Plan, plan_of, weighted, with_plain_weights
-from .channel_evidence import CHANNEL_PROVIDERS, into_reader, reader_of
+from .channel_evidence import CHANNEL_PROVIDERS, WITHOUT_DATA, into_reader, reader_of
 from .channels import Structure, Vectors, example_of
 from .codes import SparseCodes
 from .evidence import PROVIDERS as LAYER_PROVIDERS
@@ -256,16 +256,20 @@ class Planner:
 def gather(
     model: nn.Module, layers: dict[str, nn.Module], name: str, data: Any, loss: Loss = F.cross_entropy, samples: int = 512, owner: str = "this"
 ) -> Evidence:
-    """The evidence ``name`` for ``layers`` from a fixed stratified sample of the training part, the model in evaluation mode."""
+    """The evidence ``name`` for ``layers`` from a fixed stratified sample of the training part, the model in evaluation mode.
+
+    What only asks how the network is built needs no data where the network says what images it takes.
+    """
     if name not in PROVIDERS:
         raise ValueError(
             f"{owner} asks for {name!r}, which nothing provides{nearest(name, PROVIDERS)}; there are w, training, {', '.join(PROVIDERS)}"
         )
-    if data is None:
+    if data is None and name not in WITHOUT_DATA:
         raise ValueError(f"{owner} asks for {name}, which needs data: pass data=load_data(...) or a pair (images, labels)")
     if samples < 1:
         raise ValueError(f"samples={samples}: {name} is gathered on at least one image")
-    x, y = (t.to(device_of(model)) for t in sample(data, samples))
+    pair = (example_of(model), torch.zeros(1, dtype=torch.int64)) if data is None else sample(data, samples)
+    x, y = (t.to(device_of(model)) for t in pair)
     modes, fixed = [(m, m.training) for m in model.modules()], [p for p in model.parameters() if not p.requires_grad]
     try:
         for p in fixed:  # frozen weights have gradients and curvature too
