@@ -122,7 +122,10 @@ def next_w(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -
 
 
 CHANNEL_PROVIDERS = {f.__name__: f for f in (bn_gamma, gamma_in, filter_rows, zeros, flow, next_acts_in, next_w)}
-WITHOUT_DATA = {f.__name__ for f in (bn_gamma, gamma_in, filter_rows, next_w)}  # one image of any content shows them which channels go where
+WITHOUT_DATA = {
+    "macs",
+    *(f.__name__ for f in (bn_gamma, gamma_in, filter_rows, next_w)),
+}  # one image of any content shows them which channels go where
 
 
 def into_reader(weight: Tensor, places: Tensor, by_channel: Tensor) -> Tensor:

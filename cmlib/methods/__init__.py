@@ -6,9 +6,9 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import codebooks, grids, prune, prune_neurons, quantize, structures
+from . import codebooks, grids, prune, prune_budgets, prune_neurons, prune_training, quantize, structures
 
-CHAPTERS: tuple[ModuleType, ...] = (prune, prune_neurons, structures, quantize, grids, codebooks)
+CHAPTERS: tuple[ModuleType, ...] = (prune, prune_neurons, prune_training, prune_budgets, structures, quantize, grids, codebooks)
 
 
 def catalog() -> dict[str, Method]:
