@@ -907,7 +907,7 @@ def test_energy_4_every_step_ends_within_the_budget_and_weights_return(digits64,
     copy, seen = compress(model, "energy_constrained_projection", budget=0.25, energy_model=energy_model), []
     support = lambda m: torch.cat([latent(w).flatten() for w in weighted(m).values()]) != 0  # noqa: E731
     watch = Hook(before=lambda m, rule: seen.append((energy_share(m, energy_model), support(m))))
-    fit(copy, data, epochs=3, batch=50, lr=0.01, hooks=[watch], keep_best=False)
+    fit(copy, data, epochs=3, batch=50, lr=0.1, hooks=[watch], keep_best=False)
     shares = [s for s, _ in seen] + [energy_share(copy, energy_model)]
     assert max(shares) <= 0.25 and min(shares) > 0.24
     assert any((later & ~earlier).any() for (_, earlier), (_, later) in itertools.pairwise(seen))
