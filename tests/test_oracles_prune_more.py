@@ -823,6 +823,15 @@ def test_fdnp_a_pruned_coefficient_can_return_unless_it_is_not_dynamic():
         assert torch.allclose(after.dense(), copy.eval()[0].weight, rtol=0, atol=1e-12)
 
 
+def test_fdnp_all_of_w_learns_where_it_is_dynamic_and_else_what_stays():
+    w, upstream = normal(4, 3, 5, 5).requires_grad_(), normal(4, 3, 5, 5, seed=1)
+    for dynamic in ("on", "off"):
+        packed = learnt.frequency_domain_pruning(w, True, keep=0.2, dynamic=dynamic)
+        got = torch.autograd.grad((packed.through(packed.values) * upstream).sum(), w)[0]
+        expected = upstream if dynamic == "on" else idct(dct(upstream) * packed.mask)
+        assert torch.allclose(got, expected, rtol=0, atol=1e-12)
+
+
 def test_fdnp_what_is_stored_are_coefficients_and_written_again_they_are_the_same():
     packed = learnt.frequency_domain_pruning(normal(8, 4, 5, 5).float(), keep=0.2).frozen()
     assert packed.bits() < 0.3 * 32 * 800

@@ -138,7 +138,7 @@ def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs
     packed = packed.inner if isinstance(packed, Sited) else packed
     between = Attached(packed, method, knobs).to(layer.weight.device)
     between.training = layer.training
-    if between.method is None or between.method.training.project:  # else a method that learns starts from the layer's own weight as it is
+    if between.method is None or (between.method.training.project and isinstance(packed, Masked)):  # others learn from the weight as it is
         with torch.no_grad():
             layer.weight.copy_(packed.values.to(layer.weight))
     parametrize.register_parametrization(layer, "weight", between, unsafe=True)
@@ -277,11 +277,10 @@ def attached_hooks(model: nn.Module, epoch: int = 1, gathered: Callable[[dict[st
             found = {e: gathered(layers, e) for e in evidence_of(ask) if e not in ("w", *available)}
             given = {n: {"w": w, **available, **{e: f[n] for e, f in found.items()}} for n, w in weights.items()}
             with torch.no_grad():
-                new = (
-                    apart(call(ask, end_to_end(given), dict(knobs)), weights)
-                    if method.joint
-                    else {n: call(ask, g, dict(knobs)) for n, g in given.items()}
-                )
+                if method.joint:
+                    new = apart(call(ask, end_to_end(given), dict(knobs)), weights)
+                else:
+                    new = {n: call(ask, g, dict(knobs)) for n, g in given.items()}
                 for n, w in weights.items():
                     w.copy_(new[n])
 

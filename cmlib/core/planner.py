@@ -141,8 +141,8 @@ class Planner:
             raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it with_plain_weights(model)")
         if self.method.joint:
             whole = call(self.method.fn, end_to_end(self._given), {**knobs, "state": None})
-            parts = (apart(v, self.weights) for v in (whole.values, whole.mask))
-            made = {n: replace(whole, values=v, mask=m) for (n, v), m in zip(next(parts).items(), next(parts).values(), strict=True)}
+            values, masks = (apart(v, self.weights) for v in (whole.values, whole.mask))
+            made = {n: replace(whole, values=values[n], mask=masks[n]) for n in values}
         else:
             made = {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
         if self.method.filters is None or not call(self.method.filters, {}, knobs):
