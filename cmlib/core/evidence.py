@@ -1,7 +1,7 @@
 """What methods may ask for by naming a positional argument, and how each is worked out from a model and a sample of data.
 
-Every provider is a function (model, layers, x, y, loss) -> {layer: tensor (or a function)} with no lasting effect on the model. ``w`` (the weight itself) and
-``training`` (whether this is a training forward) need no provider.
+Every provider is a function (model, layers, x, y, loss) -> {layer: tensor (or a function)} with no lasting effect on the model.
+``w`` (the weight itself) and ``training`` (whether this is a training forward) need no provider.
 """
 
 from __future__ import annotations
