@@ -58,7 +58,7 @@ def curves() -> Iterator[str]:
         for seed in seeds(key):
             run(key, seed)
     yield from heading(
-        f"LeNet-5 on MNIST by the methods of ``prune`` and ``structures``: how many times fewer weights, and validation error after {EPOCHS} epochs of "
+        f"LeNet-5 on MNIST by the methods of prune and structures: how many times fewer weights, and validation error after {EPOCHS} epochs of "
         f"{IMAGES:,} images; mean ± standard deviation of three seeds, one seed where the mask is learned",
         "method", "layers", *(f"point {i}" for i in range(1, len(SHARES) + 1)),
     )  # fmt: skip
