@@ -56,7 +56,7 @@ def path(tmp_path):
 def test_every_method_comes_back_as_it_was(key, net, path):
     if net != "resnet" and "bn_gamma" in catalog()[key].asks:
         pytest.skip("no batch norm")
-    data, knobs = pictures(), SETTINGS.get(key, {} if key in LEARNT else {"keep": 0.1})
+    data, knobs = pictures(), SETTINGS.get(key, {} if key in LEARNT or "keep" not in catalog()[key].knobs else {"keep": 0.1})
     model = compress(build(net, "mnist"), key, where=NETS[net] if key == "optimal_brain_surgeon" else "*", data=data, **knobs)
     if key in LEARNT:
         fit(model, data, epochs=2)

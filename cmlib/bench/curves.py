@@ -1,4 +1,6 @@
-"""Chapters 02 and 03: LeNet-5 on MNIST pruned by every method, all with the same little training; runs are kept, one a method and seed.
+"""Chapters 02 and 03: LeNet-5 on MNIST pruned by every method of their first modules, all with the same little training.
+
+Runs are kept, one a method and seed.
 
 A method that gives scores prunes once and trains (three seeds). One that learns its mask learns for the first half of the epochs and trains what it
 left for the second (one seed: its steps cost up to four times as much).
@@ -26,7 +28,7 @@ from ..lab.data import load_data
 from ..lab.train import evaluate, fit
 from ..lab.verbs import compress, plan
 from ..lab.zoo import SEEDS, card, load_net, recipe
-from ..methods import catalog, find
+from ..methods import find, prune, structures
 from ..view.plots import published
 from .structures import trained
 from .tables import heading, line, percent
@@ -56,7 +58,7 @@ def curves() -> Iterator[str]:
         for seed in seeds(key):
             run(key, seed)
     yield from heading(
-        f"LeNet-5 on MNIST by every method of chapters 02 and 03: how many times fewer weights, and validation error after {EPOCHS} epochs of "
+        f"LeNet-5 on MNIST by the methods of prune and structures: how many times fewer weights, and validation error after {EPOCHS} epochs of "
         f"{IMAGES:,} images; mean ± standard deviation of three seeds, one seed where the mask is learned",
         "method", "layers", *(f"point {i}" for i in range(1, len(SHARES) + 1)),
     )  # fmt: skip
@@ -69,8 +71,8 @@ def curves() -> Iterator[str]:
 
 
 def methods() -> list[str]:
-    """The keys of chapters 02 and 03, in their order."""
-    return [m.key for m in catalog().values() if m.chapter in ("02", "03")]
+    """The keys of the modules ``prune`` and ``structures``, in their order."""
+    return [m.key for module in (prune, structures) for m in vars(module).values() if isinstance(m, Method)]
 
 
 def seeds(key: str) -> tuple[int, ...]:

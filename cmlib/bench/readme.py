@@ -14,7 +14,7 @@ def methods() -> str:
     """The table of methods, in markdown."""
     rows = ["| key | method | kind | knobs of its own | asks for | source |", "|---|---|---|---|---|---|"]
     for m in catalog().values():
-        own = ", ".join(f"`{k}`" for k in (["keep"] if m.selects else []) + list(m.own_knobs))
+        own = ", ".join(f"`{k}`" for k in dict.fromkeys((["keep"] if m.selects else []) + list(m.own_knobs)))
         asks = ", ".join([*(a for a in m.asks if a not in ("w", "training")), *(["acts_in for inputs"] if m.reads_inputs else [])])
         rows.append(f"| `{m.key}` | {m.title} | {m.kind} | {own} | {asks or 'the weight alone'} | {m.paper} |")
     return "\n".join(rows)

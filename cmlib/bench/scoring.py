@@ -19,7 +19,12 @@ from ..methods import catalog, find
 from .tables import heading, line, timed
 
 NET, DATA = "resnet", "fashion_mnist"
-SECONDS = {"next_acts_in": "30", "acts_gram": "10", "hess_diag": ""}  # by evidence; 1 s for scores from weights or one gradient batch
+SECONDS = {
+    "next_acts_in": "30",
+    "acts_gram": "10",
+    "hess_diag": "",
+    "quality": "10",
+}  # by evidence; 1 s for scores from weights or one gradient batch
 GREEDY = "180"
 
 

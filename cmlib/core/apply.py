@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from .channels import LAYERS
 from .codes import SparseCodes
-from .method import Method, call
+from .method import Method, apart, call, end_to_end, evidence_of
 from .packed import Masked, Packed, State, laid_like
 from .sites import INPUTS, Site, attach_site, detach_site, input_of, rounds_gradients
 from .wrapped import Sited
@@ -138,7 +138,7 @@ def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs
     packed = packed.inner if isinstance(packed, Sited) else packed
     between = Attached(packed, method, knobs).to(layer.weight.device)
     between.training = layer.training
-    if between.method is None:  # a method that learns works its values out of the layer's own weight, again and again
+    if between.method is None or (between.method.training.project and isinstance(packed, Masked)):  # others learn from the weight as it is
         with torch.no_grad():
             layer.weight.copy_(packed.values.to(layer.weight))
     parametrize.register_parametrization(layer, "weight", between, unsafe=True)
@@ -243,7 +243,7 @@ def local_reparametrization(layer: nn.Module, inputs: tuple[Tensor, ...], out: T
     var = between.method.training.variance(between.packed(latent(layer)))
     var = var if between.pruned is None else torch.zeros_like(latent(layer)).masked_scatter(between.pruned, var)
     variance = apply_weight(layer, inputs[0].square(), var)
-    return out + variance.clamp(min=1e-12).sqrt() * torch.randn_like(out)
+    return out + torch.where(variance > 0, variance.clamp(min=1e-12).sqrt(), 0.0) * torch.randn_like(out)
 
 
 def apply_weight(layer: nn.Module, x: Tensor, w: Tensor) -> Tensor:
@@ -262,11 +262,17 @@ class Hook:
     after: Callable[[nn.Module, torch.optim.Optimizer], None] = lambda model, rule: None
 
 
-def attached_hooks(model: nn.Module, epoch: int = 1) -> list[Hook]:
-    """What attached methods make of gradients, and the projections that they ask for after each step, ``epoch`` of which make an epoch."""
-    learning = [(layer, a) for _, layer, a in attached(model) if a.method is not None]
-    steps, layers = itertools.count(1), [(layer, a) for layer, a in learning if a.method.training.project]
-    rewritten = [(layer, a) for layer, a in learning if a.method.training.gradient]
+def attached_hooks(model: nn.Module, epoch: int = 1, gathered: Callable[[dict[str, nn.Module], str], Any] | None = None) -> list[Hook]:
+    """What attached methods make of gradients, and the projections that they ask for after each step, ``epoch`` of which make an epoch.
+
+    ``gathered(layers, name)`` gives them the evidence of that name; a joint method's weights are projected as one vector.
+    """
+    learning = [(name, layer, a) for name, layer, a in attached(model) if a.method is not None]
+    rewritten = [(layer, a) for _, layer, a in learning if a.method.training.gradient]
+    steps, alike = itertools.count(1), {}
+    for name, layer, a in learning:
+        if a.method.training.project:
+            alike.setdefault((a.method, *sorted(a.knobs.items())), {})[name] = layer
 
     def rewrite(_: nn.Module, rule: torch.optim.Optimizer) -> None:
         for layer, a in rewritten:
@@ -275,19 +281,26 @@ def attached_hooks(model: nn.Module, epoch: int = 1) -> list[Hook]:
 
     def project(_: nn.Module, rule: torch.optim.Optimizer) -> None:
         available = {"lr": rule.param_groups[0]["lr"], "epoch_ends": next(steps) % epoch == 0}
-        with torch.no_grad():
-            for layer, a in layers:
-                w = latent(layer)
-                w.copy_(call(a.method.training.project, {"w": w, **available}, a.knobs))
+        for (method, *knobs), layers in alike.items():
+            ask, weights = method.training.project, {n: latent(layer).detach() for n, layer in layers.items()}
+            found = {e: gathered(layers, e) for e in evidence_of(ask) if e not in ("w", *available)}
+            given = {n: {"w": w, **available, **{e: f[n] for e, f in found.items()}} for n, w in weights.items()}
+            with torch.no_grad():
+                if method.joint:
+                    new = apart(call(ask, end_to_end(given), dict(knobs)), weights)
+                else:
+                    new = {n: call(ask, g, dict(knobs)) for n, g in given.items()}
+                for n, w in weights.items():
+                    w.copy_(new[n])
 
-    return [Hook(gradients=rewrite, after=project)] if layers or rewritten else []
+    return [Hook(gradients=rewrite, after=project)] if alike or rewritten else []
 
 
 def penalty(model: nn.Module, examples: int, progress: float) -> Tensor | float:
     """The sum of what attached methods add to the task's mean loss. It is not another training forward: nothing is drawn or counted twice."""
     available = {"examples": examples, "progress": progress}
     terms = [
-        call(a.method.training.penalty, {**available, "packed": a.packed(latent(layer))}, a.knobs)
+        call(a.method.training.penalty, {**available, "packed": a.packed(latent(layer)), "w": latent(layer)}, a.knobs)
         for _, layer, a in attached(model)
         if a.method is not None and a.method.training.penalty
     ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .channels import Group, groups
+from .channels import Group, all_groups, groups
 from .evidence import CHUNK, Evidence, Layers, Loss, _watched, patches
 
 RELUS = {F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.hardtanh, F.hardtanh_}
@@ -22,11 +22,46 @@ POSITIONS = 10  # places of a map that are looked at in each image (He et al. 20
 
 def bn_gamma(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
     """Scales of the batch norms behind each channel, (norms, channels)."""
+    found = {name: _scales(model, group) for name, group in _groups(model, layers, x)}
+    return {name: torch.stack(scales) for name, scales in found.items() if scales}
+
+
+def _scales(model: nn.Module, group: Group) -> list[Tensor]:
+    norms = {model.get_submodule(n): start for n, start in group.norms.items()}
+    return [norm.weight[start : start + group.count] for norm, start in norms.items() if norm.affine]
+
+
+def gamma_in(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """|scale| of the batch norm in front of each input channel (the mean of several), so that it broadcasts to ``w``; 1 where there is none."""
+    inputs = {n: torch.ones(m.weight.shape[1] * getattr(m, "groups", 1)).to(m.weight) for n, m in layers.items()}
+    for group in all_groups(model, x[:1]):
+        if scales := _scales(model, group):
+            for name in group.readers.keys() & layers.keys():
+                inputs[name][group.readers[name]] = torch.stack(scales).detach().abs().mean(0)[:, None]
+    return {n: _beside(g, layers[n]) for n, g in inputs.items()}
+
+
+def _beside(channels: Tensor, layer: nn.Module) -> Tensor:
+    """A number an input channel, so shaped that it broadcasts to the layer's weight, whose outputs see the channels of their own group only."""
+    rows = channels.reshape(getattr(layer, "groups", 1), -1)
+    rows = rows.repeat_interleave(len(layer.weight) // len(rows), 0)
+    return rows.reshape(*rows.shape, *[1] * (layer.weight.dim() - 2))
+
+
+def filter_rows(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """Each filter's weights and its bias, (channels, weights + 1), the batch norm behind it folded in: what its map is made of."""
     found = {}
     for name, group in _groups(model, layers, x):
-        scales = [model.get_submodule(n).weight[start : start + group.count] for n, start in group.norms.items() if model.get_submodule(n).affine]
-        if scales:
-            found[name] = torch.stack(scales)
+        layer, norms = layers[name], [(model.get_submodule(n), start) for n, start in group.norms.items()]
+        bias = torch.zeros_like(layer.weight[:, 0].flatten(1)[:, :1]) if layer.bias is None else layer.bias[:, None]
+        rows = torch.cat([layer.weight.flatten(1), bias], 1)
+        if len(group.makers) == len(norms) == 1:
+            norm, own = norms[0][0], slice(norms[0][1], norms[0][1] + group.count)
+            scale = (norm.running_var[own] + norm.eps).rsqrt() * (norm.weight[own] if norm.affine else 1)
+            rows[:, -1] -= norm.running_mean[own]
+            rows = rows * scale[:, None]
+            rows[:, -1] += norm.bias[own] if norm.affine else 0
+        found[name] = rows
     return found
 
 
@@ -86,7 +121,11 @@ def next_w(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -
     return {name: _by_channel(reader.weight.flatten(1), places, reader) for name, (reader, places) in reads.items()}
 
 
-CHANNEL_PROVIDERS = {f.__name__: f for f in (bn_gamma, zeros, flow, next_acts_in, next_w)}
+CHANNEL_PROVIDERS = {f.__name__: f for f in (bn_gamma, gamma_in, filter_rows, zeros, flow, next_acts_in, next_w)}
+WITHOUT_DATA = {
+    "macs",
+    *(f.__name__ for f in (bn_gamma, gamma_in, filter_rows, next_w)),
+}  # one image of any content shows them which channels go where
 
 
 def into_reader(weight: Tensor, places: Tensor, by_channel: Tensor) -> Tensor:

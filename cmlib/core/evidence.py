@@ -1,7 +1,7 @@
 """What methods may ask for by naming a positional argument, and how each is worked out from a model and a sample of data.
 
-Every provider is a function (model, layers, x, y, loss) -> {layer: tensor} with no lasting effect on the model. ``w`` (the weight itself) and
-``training`` (whether this is a training forward) need no provider.
+Every provider is a function (model, layers, x, y, loss) -> {layer: tensor (or a function)} with no lasting effect on the model.
+``w`` (the weight itself) and ``training`` (whether this is a training forward) need no provider.
 """
 
 from __future__ import annotations
@@ -90,7 +90,60 @@ def acts_gram(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss
     return {name: t / count[name] for name, t in total.items()}
 
 
-PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in (grad, hess_diag, hess_rows, acts_gram, acts_in)}
+def sensitivity(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """How much the outputs answer to a weight, (2, *w.shape): E|dy_k/dw|, averaged over the outputs k, and for the k that is the label."""
+    total = {name: torch.zeros(2, *m.weight.shape).to(m.weight) for name, m in layers.items()}
+    outputs = 0
+    for xs, ys in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        for k, gradients in enumerate(_example_gradients(model, layers, xs, ys, loss, _each_output)):
+            for name, (patches, delta) in gradients.items():
+                size = _per_example(patches, delta).abs()
+                both = torch.stack([size.sum(0), size[ys == k].sum(0) if ys.dim() == 1 else 0 * size[0]])
+                total[name] += both.reshape(total[name].shape) / len(x)
+            outputs = max(outputs, k + 1)
+    return {name: t / torch.tensor([outputs, 1.0]).to(t).reshape(2, *[1] * (t.dim() - 1)) for name, t in total.items()}
+
+
+def macs(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """The multiply-adds that each weight takes part in for one example: the positions at which its layer is applied. Shape of ``w``."""
+    with torch.no_grad(), _watched(layers) as seen:
+        model(x[:1])
+    return {name: torch.full_like(layers[name].weight, out.numel() / len(layers[name].weight)) for name, (_, out) in seen.items()}
+
+
+def layer(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """The number of the layer that a weight belongs to, for methods that see all weights as one vector. Shape of ``w``."""
+    return {name: torch.full(m.weight.shape, i, device=m.weight.device) for i, (name, m) in enumerate(layers.items())}
+
+
+def quality(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, Callable[[Tensor], float]]:
+    """A function of all covered weights laid end to end: the network's accuracy with them (minus its loss where labels are no classes)."""
+    shapes = {f"{name}.weight": m.weight.shape for name, m in layers.items()}
+
+    def found(flat: Tensor) -> float:
+        parts = flat.split([s.numel() for s in shapes.values()])
+        weights = {n: p.reshape(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
+        with torch.no_grad(), in_evaluation(model):
+            z = torch.func.functional_call(model, weights, x)
+            return -loss(z, y).item() if y.is_floating_point() else (z.argmax(1) == y).double().mean().item()
+
+    return dict.fromkeys(layers, found)
+
+
+GATHERED = (grad, hess_diag, hess_rows, acts_gram, acts_in, sensitivity, macs, layer, quality)
+PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in GATHERED}
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode as before afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager
@@ -112,13 +165,15 @@ def _watched(layers: Layers) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
             handle.remove()
 
 
-def _example_gradients(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """For chunks of examples and columns c of S (output Hessian = S S^T): what makes up each example's d(z . S_c)/dw."""
+def _example_gradients(
+    model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss, columns: Callable[[Tensor, Tensor, Loss], Tensor] | None = None
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """For chunks of examples and columns c of S: what makes up each example's d(z . S_c)/dw. S is a root of the output's Hessian by default."""
     for xs, ys in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         with _watched(layers) as seen:
             z = model(xs)
         outputs = [o for _, o in seen.values()]
-        for column in _root(z.detach(), ys, loss).unbind(2):
+        for column in (columns or _root)(z.detach(), ys, loss).unbind(2):
             deltas = zip(seen, torch.autograd.grad(z, outputs, column, retain_graph=True, allow_unused=True), strict=True)
             yield {name: (patches(layers[name], seen[name][0]), _grouped(layers[name], d)) for name, d in deltas if d is not None}
 
@@ -132,6 +187,11 @@ def _root(z: Tensor, y: Tensor, loss: Loss) -> Tensor:
         return root
     signs = torch.randint(0, 2, (root.shape[2], PROBES), generator=torch.Generator().manual_seed(0)).to(root) * 2 - 1
     return root @ signs / PROBES**0.5
+
+
+def _each_output(z: Tensor, y: Tensor, loss: Loss) -> Tensor:
+    """Columns that pick one output each, (N, C, C)."""
+    return torch.eye(z.shape[1]).to(z).expand(len(z), -1, -1)
 
 
 def patches(layer: nn.Module, a: Tensor) -> Tensor:

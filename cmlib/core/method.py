@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .knobs import Knob, bind, knobs_of
 from .packed import Masked
 from .select import selection
@@ -26,9 +29,9 @@ class Training:
     """What a method wants of training, besides its forward pass; every part may be left out.
 
     ``gradient(g, [lr], **knobs)``: what takes the place of the latent weight's gradient.
-
-    ``penalty(packed, [examples, progress], **knobs)``: a scalar added to the task's mean loss; ``examples`` is the number of
-    training examples, ``progress`` goes from 0 to 1. ``project(w, [lr, epoch_ends], **knobs)``: the weight after each optimizer step.
+    ``penalty(packed, [w, examples, progress], **knobs)``: a scalar added to the task's mean loss; ``w`` is the latent weight, ``examples`` the
+    number of training examples, ``progress`` goes from 0 to 1. ``project(w, [lr, epoch_ends, <evidence>], **knobs)``: the weight after each
+    optimizer step, the evidence gathered anew on a batch's worth of training examples.
     ``variance(packed)``: the weight's variance, sampled at the pre-activations (local reparameterization).
     """
 
@@ -87,7 +90,7 @@ class Method:
     @cached_property
     def asks(self) -> tuple[str, ...]:
         """The evidence that the function takes, in order."""
-        return tuple(n for n, p in inspect.signature(self.fn).parameters.items() if p.kind is not p.KEYWORD_ONLY)
+        return evidence_of(self.fn)
 
     @cached_property
     def reads_inputs(self) -> bool:
@@ -142,6 +145,27 @@ def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
 
 score = _kind("score")
 quantizer = _kind("quantizer")
+
+
+def end_to_end(given: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The layers' evidence as if they were one long vector of weights (after whatever leads the weight's own axes): what a joint method sees."""
+    layers = list(given.values())
+
+    def joined(name: str) -> Any:
+        parts = [(g[name], g["w"].dim()) for g in layers]
+        return torch.cat([p.flatten(p.dim() - d) for p, d in parts], dim=-1) if isinstance(parts[0][0], Tensor) else parts[0][0]
+
+    return {name: joined(name) for name in layers[0]}
+
+
+def apart(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """That long vector cut into the layers' weights again."""
+    return {n: part.reshape(w.shape) for (n, w), part in zip(like.items(), flat.split([w.numel() for w in like.values()]), strict=True)}
+
+
+def evidence_of(fn: Callable) -> tuple[str, ...]:
+    """What a function asks for by name: its positional arguments, in order."""
+    return tuple(n for n, p in inspect.signature(fn).parameters.items() if p.kind is not p.KEYWORD_ONLY)
 
 
 def call(fn: Callable, available: dict[str, Any], knobs: dict[str, Any]) -> Any:

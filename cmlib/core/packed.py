@@ -51,6 +51,10 @@ class Packed(ABC):
         """The same with ``w`` as latent values, where these are the weights that stay; codes alone have none."""
         return self
 
+    def in_weights(self) -> Packed:
+        """The same as weights and a mask of weights, for whatever compresses it further."""
+        return self
+
     @abstractmethod
     def parts(self) -> tuple[Arrays, Streams]:
         """What goes to disk: (plain arrays, streams)."""
@@ -173,7 +177,7 @@ class Masked(Packed):
         return {"type": "masked", "storage": self.format(), "shape": list(self.mask.shape), **vectors_meta(self.vectors), **k}
 
     def _encoded(self) -> tuple[Arrays, int]:
-        values = self.dense().detach().cpu().contiguous().numpy()
+        values = Masked.through(self, self.values).detach().cpu().contiguous().numpy()
         arrays, more = storage.encode(values, self.mask.cpu().numpy(), self.format())
         return arrays, more.get("k", 0)
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .apply import Plan, plan_of, weighted, with_plain_weights
-from .channel_evidence import CHANNEL_PROVIDERS, into_reader, reader_of
+from .channel_evidence import CHANNEL_PROVIDERS, WITHOUT_DATA, into_reader, reader_of
 from .channels import Structure, Vectors, example_of
 from .codes import SparseCodes
 from .evidence import PROVIDERS as LAYER_PROVIDERS
-from .evidence import Evidence, Loss
+from .evidence import Evidence, Loss, in_evaluation
 from .inputs import as_input, device_of, sample
 from .knobs import nearest
-from .method import Method, call
+from .method import Method, apart, call, end_to_end
 from .packed import Masked, Packed
 from .select import Masks, Ranking, is_n_of_m, rank, to_units, to_weights
 from .sites import AS_THEY_ARE
@@ -81,7 +81,7 @@ class Planner:
 
     def __init__(self, model: nn.Module, method: Method, *, where: str = "*", data: Any = None, loss: Loss = F.cross_entropy, samples: int = 512):
         self.model, self.method, self.layers, self.data, self.loss = model, method, covered(model, where), data, loss
-        self.previous = plan_of(model)
+        self.previous = {n: p.in_weights() for n, p in plan_of(model).items()}
         self.weights = self._dense(self.layers)
         _check_finite(self.weights)
         self._given = {n: {"w": self.weights[n], "training": False} for n in self.layers}
@@ -138,7 +138,12 @@ class Planner:
         """The plan of a method that makes its masks itself."""
         if not self.previous.keys().isdisjoint(self.layers):
             raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it with_plain_weights(model)")
-        made = {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
+        if self.method.joint:
+            whole = call(self.method.fn, end_to_end(self._given), {**knobs, "state": None})
+            values, masks = (apart(v, self.weights) for v in (whole.values, whole.mask))
+            made = {n: replace(whole, values=values[n], mask=masks[n]) for n in values}
+        else:
+            made = {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
         if self.method.filters is None or not call(self.method.filters, {}, knobs):
             return made
         own = {n: vectors for g in self.structure.groups for n, vectors in g.own.items()}
@@ -237,9 +242,9 @@ class Planner:
     def _repair(self, masks: Masks, knobs: dict[str, Any]) -> dict[str, Tensor]:
         if not self.method.joint:
             return {n: call(self.method.repair, {**g, "mask": masks[n]}, knobs) for n, g in self._given.items()}
-        given = _end_to_end(self._given)
+        given = end_to_end(self._given)
         flat = call(self.method.repair, {**given, "mask": torch.cat([masks[n].flatten() for n in self._given])}, knobs)
-        return _apart(flat, self.weights)
+        return apart(flat, self.weights)
 
     def _score(self, own: dict[str, Any]) -> Evidence:
         scores = self._scored(own)
@@ -254,39 +259,41 @@ class Planner:
 
     def _scored(self, own: dict[str, Any]) -> Evidence:
         if self.method.joint:
-            return _apart(call(self.method.fn, _end_to_end(self._given), own), self.weights)
+            return apart(call(self.method.fn, end_to_end(self._given), own), self.weights)
         return {n: _column(call(self.method.fn, g, own), self.weights[n]) for n, g in self._given.items()}
 
 
 def gather(
     model: nn.Module, layers: dict[str, nn.Module], name: str, data: Any, loss: Loss = F.cross_entropy, samples: int = 512, owner: str = "this"
 ) -> Evidence:
-    """The evidence ``name`` for ``layers`` from a fixed stratified sample of the training part, the model in evaluation mode."""
+    """The evidence ``name`` for ``layers`` from a fixed stratified sample of the training part, the model in evaluation mode.
+
+    What only asks how the network is built needs no data where the network says what images it takes.
+    """
     if name not in PROVIDERS:
         raise ValueError(
             f"{owner} asks for {name!r}, which nothing provides{nearest(name, PROVIDERS)}; there are w, training, {', '.join(PROVIDERS)}"
         )
-    if data is None:
+    if data is None and name not in WITHOUT_DATA:
         raise ValueError(f"{owner} asks for {name}, which needs data: pass data=load_data(...) or a pair (images, labels)")
     if samples < 1:
         raise ValueError(f"samples={samples}: {name} is gathered on at least one image")
-    x, y = (t.to(device_of(model)) for t in sample(data, samples))
-    modes, fixed = [(m, m.training) for m in model.modules()], [p for p in model.parameters() if not p.requires_grad]
+    pair = (example_of(model), torch.zeros(1, dtype=torch.int64)) if data is None else sample(data, samples)
+    x, y = (t.to(device_of(model)) for t in pair)
+    fixed = [p for p in model.parameters() if not p.requires_grad]
     try:
         for p in fixed:  # frozen weights have gradients and curvature too
             p.requires_grad_(True)
-        with parametrize.cached():  # an attached layer's weight is one tensor, the same for the forward pass and its gradient
-            found = PROVIDERS[name](model.eval(), layers, as_input(x, model), y, loss)
+        with in_evaluation(model), parametrize.cached():  # an attached weight is one tensor, the same for the forward pass and its gradient
+            found = PROVIDERS[name](model, layers, as_input(x, model), y, loss)
     finally:
         for p in fixed:
             p.requires_grad_(False)
-        for module, mode in modes:
-            module.training = mode
     if name in CHANNEL_PROVIDERS and not found:
         raise ValueError(f"{owner} asks for {name} ({PROVIDERS[name].__doc__.splitlines()[0]}), which none of {', '.join(layers)} has; see where=...")
     if name not in CHANNEL_PROVIDERS and (idle := [n for n in layers if n not in found]):
         raise ValueError(f"layer {idle[0]} takes no part in the output, so it has no {name}; leave it out with where=...")
-    return {n: v.detach() for n, v in found.items()}
+    return {n: v.detach() if isinstance(v, Tensor) else v for n, v in found.items()}
 
 
 def _of_what_stays(value: Any, mask: Tensor) -> Any:
@@ -299,21 +306,6 @@ def _of_what_stays(value: Any, mask: Tensor) -> Any:
 def _column(s: Tensor, w: Tensor) -> Tensor:
     """A score of one number a filter as a column beside its weight; any other as it is."""
     return s.reshape(-1, *[1] * (w.dim() - 1)) if s.dim() == 1 and len(s) == len(w) else s
-
-
-def _end_to_end(given: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The layers' evidence as if they were one long vector of weights (after whatever leads the weight's own axes)."""
-    layers = list(given.values())
-
-    def joined(name: str) -> Any:
-        parts = [(g[name], g["w"].dim()) for g in layers]
-        return torch.cat([p.flatten(p.dim() - d) for p, d in parts], dim=-1) if isinstance(parts[0][0], Tensor) else parts[0][0]
-
-    return {name: joined(name) for name in layers[0]}
-
-
-def _apart(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: part.reshape(w.shape) for (n, w), part in zip(like.items(), flat.split([w.numel() for w in like.values()]), strict=True)}
 
 
 def _check_finite(weights: dict[str, Tensor]) -> None:

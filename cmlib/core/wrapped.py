@@ -12,6 +12,7 @@ from . import entropy, storage
 from .codes import TERMS, SparseCodes, Sum
 from .packed import Arrays, Packed, Streams, Widths
 from .sites import INPUTS, Input
+from .spectral import Spectral
 
 CODERS = ("huffman", "ans")
 GAP_BITS = range(3, 9)
@@ -136,4 +137,6 @@ def entropy_coded(packed: Packed, coder: str = "huffman") -> Coded:
     return min((Coded(p, coder) for p in tried), key=Coded.bits)
 
 
-TYPES: dict[str, type[Packed]] = {**TERMS, "sparse codes": SparseCodes, "sum": Sum, "sited": Sited, "coded": Coded}  # the name in a file's header
+TYPES: dict[str, type[Packed]] = {
+    **TERMS, "spectral": Spectral, "sparse codes": SparseCodes, "sum": Sum, "sited": Sited, "coded": Coded
+}  # the name in a file's header  # fmt: skip

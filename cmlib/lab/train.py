@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core.apply import Hook, attached_hooks, penalty
-from ..core.inputs import Pair, as_input, device_of, pair_of
+from ..core.inputs import Pair, as_input, device_of, pair_of, sample
 from ..core.method import Method
+from ..core.planner import gather
 from ..core.schedule import Schedule
 from .data import Data
 from .verbs import compress
@@ -121,7 +122,8 @@ def fit(
     steps = -(-len(labels) // batch)
     step_rule = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
     rate = _rate(step_rule, schedule, max(1, epochs * steps))
-    hooks = [*hooks, *attached_hooks(model, steps)]
+    few = sample((images, labels), batch)
+    hooks = [*hooks, *attached_hooks(model, steps, lambda layers, name: gather(model, layers, name, few, loss, batch))]
     draw = torch.Generator().manual_seed(seed)
     done, best, started = Fit(), None, time.perf_counter()
     was_training = model.training

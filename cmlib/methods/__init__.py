@@ -6,9 +6,10 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import binary, codebooks, discrete, fewbits, formats, grids, prune, quantize, structures
+from . import binary, codebooks, discrete, fewbits, formats, grids, prune, prune_budgets, prune_neurons, prune_training, quantize, structures
 
-CHAPTERS: tuple[ModuleType, ...] = (prune, structures, quantize, grids, codebooks, binary, fewbits, formats, discrete)
+PRUNING = (prune, prune_neurons, prune_training, prune_budgets)
+CHAPTERS: tuple[ModuleType, ...] = (*PRUNING, structures, quantize, grids, codebooks, binary, fewbits, formats, discrete)
 
 
 def catalog() -> dict[str, Method]:
