@@ -8,8 +8,9 @@ from ..core.knobs import nearest
 from ..core.method import Method
 from . import binary, codebooks, discrete, fewbits, formats, grids, prune, prune_budgets, prune_neurons, prune_training, quantize, structures
 
-PRUNING = (prune, prune_neurons, prune_training, prune_budgets)
-CHAPTERS: tuple[ModuleType, ...] = (*PRUNING, structures, quantize, grids, codebooks, binary, fewbits, formats, discrete)
+CHAPTERS: tuple[ModuleType, ...] = (
+    prune, prune_neurons, prune_training, prune_budgets, structures, quantize, grids, codebooks, binary, fewbits, formats, discrete
+)  # fmt: skip
 
 
 def catalog() -> dict[str, Method]:
