@@ -1,7 +1,9 @@
 """Clusters against brute force, dynamic programming written plainly, scikit-learn and scipy."""
 
+import gc
 import itertools
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -430,3 +432,18 @@ def test_vectors_of_one_number_are_a_line():
 def test_points_that_are_none(points, says):
     with pytest.raises(ValueError, match=says):
         kmeans(points, 2)
+
+
+def test_a_tensor_is_sorted_once_until_it_changes():
+    w = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    first = clusters.line_of(w)
+    assert clusters.line_of(w) is first and clusters.line_of(w.clone()) is not first
+    for k in (3, 16):
+        assert all(np.array_equal(a, b) for a, b in zip(first.cluster(k), clusters.Line(w).cluster(k), strict=True))
+    w[0] = 9.0
+    again = clusters.line_of(w)
+    assert again is not first and again.x[0] == 9.0
+    held = weakref.ref(again)
+    del w, again
+    gc.collect()
+    assert held() is None  # nothing is kept of a tensor that is gone

@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Clustering = tuple[np.ndarray, np.ndarray]  # centroids, and for each number the index of its own
 PLACES = 512  # where cuts may lie, at least; up to so many distinct numbers the clustering is the optimum
@@ -136,6 +138,17 @@ class Line:
         low, high = self.values[np.minimum(cuts[:-1], len(self.values) - 1)], self.values[cuts[1:] - 1]
         means = np.clip(self.middle + np.divide(first, mass, out=np.zeros_like(mass), where=mass > 0), low, high)
         return means if empty is None else np.where(np.diff(cuts) > 0, means, empty)
+
+
+_lines = WeakTensorKeyDictionary()  # tensor -> (its version, its line), as long as the tensor lives
+
+
+def line_of(w: Tensor) -> Line:
+    """``Line(w)``, sorted once for a tensor that is asked for again and again, as under a slider."""
+    version, line = _lines.get(w, (None, None))
+    if version != w._version:
+        version, line = _lines[w] = w._version, Line(w.detach().cpu())
+    return line
 
 
 def nearest(x: ArrayLike, centroids: np.ndarray) -> np.ndarray:

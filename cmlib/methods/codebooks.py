@@ -33,13 +33,13 @@ def book(found: clusters.Clustering, w: Tensor) -> Book:
 
 def runs(w: Tensor, d: int) -> Tensor:
     """The weight matrix (out, rest) in runs of ``d`` columns, (out, runs, d); where d does not divide rest, the next smaller number that does."""
-    rows = w.reshape(len(w), -1)
+    rows = w.detach().reshape(len(w), -1)
     return rows.reshape(len(w), -1, max(i for i in range(1, d + 1) if rows.shape[1] % i == 0))
 
 
 def scalar_kmeans(w: Tensor, k: int, d: int, stages: int) -> list[Book]:
     """One codebook of k numbers."""
-    return [book(clusters.Line(w.cpu()).cluster(k), w)]
+    return [book(clusters.line_of(w).cluster(k), w)]
 
 
 def product(w: Tensor, k: int, d: int, stages: int) -> list[Book]:
@@ -60,7 +60,7 @@ def residual(w: Tensor, k: int, d: int, stages: int) -> list[Book]:
 
 def sign(w: Tensor, k: int, d: int, stages: int) -> list[Book]:
     """Two levels, -mean|w| and mean|w|; sign(0) = +1."""
-    scale = w.abs().mean()
+    scale = w.detach().abs().mean()
     return [(torch.stack([-scale, scale])[None], (w >= 0).long().reshape(1, -1))]
 
 
@@ -92,7 +92,7 @@ def vq_gong(
     binarization, at +-mean|w| (the paper: +-1) (survey 001, 2.2.3 [70]). Training moves the levels and leaves the codes (Han, Mao & Dally 2016, Deep
     compression, section 3.3).
     """
-    return looked_up(w, state or learned(SCHEMES[scheme](w.detach(), k, sub_vector_dim, residual_stages)))
+    return looked_up(w, state or learned(SCHEMES[scheme](w, k, sub_vector_dim, residual_stages)))
 
 
 def hw_kmeans(w: Tensor, h: Tensor, k: int, rate: float) -> Book:
