@@ -143,6 +143,7 @@ def dettmers_8bit(w, *, datatype: Datatype = "dynamic_tree", per: Per = "tensor"
 
     Numbers divided by their greatest magnitude go into 8 bits: a sign, z zeros for 10^-z, a one, and the remaining bits a fraction from 0.1 to 1, so
     that seven powers of ten are held, the large ones finely; ``linear8`` is evenly spaced (survey 001, 2.2.4 (1) Table 4 [80]). Meant for what
-    machines send one another, gradients and activations, while all work is done in float: here the weights and the gradients at the outputs.
+    machines send one another, gradients and activations, while all work is done in float: here the weights and the gradients at the outputs. The
+    paper's static tree and its 8-bit mantissa are not here.
     """
     return Codes(w, *eight_bits(w.detach(), datatype, per))
