@@ -414,3 +414,9 @@ def test_stored_runs_are_shown_as_stored():
     assert notes(panel)["Stored run."] == "Trained once for 5 epochs and kept: 94.00 %, 4.0 kB."
     panel.move(bits=3)
     assert "Stored run." not in notes(panel)
+
+
+def test_a_state_says_in_one_line_what_it_is():
+    panel = panel_of(bits=3)
+    assert repr(panel.move(bits=2)).startswith("State(") and len(repr(panel.state)) < 200 and "bits=2" in repr(panel.state)
+    assert f"{100 * panel.state.accuracy:.2f} %" in repr(panel.state) or "not measured yet" in repr(panel.state)

@@ -1021,3 +1021,9 @@ def test_weights_that_do_not_vary_are_finite_and_the_same_each_time(method, valu
         assert first.isfinite().all() and torch.equal(first, second)
         if method in (vq_gong, hessian_weighted_kmeans, integer_only_quantization) and value != 1e-38:
             assert torch.allclose(first, w, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("stages", [0.5, (), [0.5], [(0.5, 1, 2)]])
+def test_stages_that_are_no_pairs_are_refused(stages):
+    with pytest.raises(ValueError, match="must be pairs"):
+        in_stages(linear(drawn(3, 5)), inq, (drawn(8, 5), drawn(8, 3)), "portion", stages)

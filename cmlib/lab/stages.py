@@ -40,8 +40,10 @@ def in_stages(model: nn.Module, method: Method | str, data: Data | Pair, knob: s
     """A copy of ``model`` with the method attached, its ``knob`` turned to each value in turn and trained: (the copy, what each stage's ``fit`` did).
 
     ``stages`` are pairs (value, epochs), such as ``((0.5, 1), (0.75, 1), (0.875, 1), (1.0, 0))`` for INQ's portion. ``knobs`` are the method's
-    others, further keywords go to ``fit``.
+    others, further keywords go to ``fit``. ValueError where the stages are no pairs.
     """
+    if not isinstance(stages, Sequence) or not stages or any(not isinstance(stage, Sequence) or len(stage) != 2 for stage in stages):
+        raise ValueError(f"stages={stages!r} must be pairs (value, epochs) with at least one of them, such as [(0.5, 1), (1.0, 0)]")
     model = compress(model, method, where=where, data=data, **{knob: stages[0][0]}, **(knobs or {}))
     runs = []
     for number, (value, epochs) in enumerate(stages):

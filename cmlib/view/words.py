@@ -82,6 +82,11 @@ class State:
         """The parameters that the plan puts in place, by name."""
         return substituted(self.given, self.plan)
 
+    def __repr__(self) -> str:
+        knobs = ", ".join(f"{n}={v}" for n, v in self.knobs.items() if v is not None)
+        right = "not measured yet" if self.accuracy is None else pct(self.accuracy)
+        return f"State({knobs}: {size_text(self.file_bytes)}, {right})"
+
     @property
     def inputs(self) -> Inputs:
         """What layers round their inputs to, by name."""
