@@ -173,3 +173,10 @@ def test_gradients_pass_a_straight_mask_and_stop_at_any_other(straight):
     assert torch.equal(w.grad, torch.ones(3, 4) if straight else mask.float())
     frozen = packed.frozen()
     assert not frozen.straight and not frozen.values.requires_grad and frozen.state == {}
+
+
+def test_places_that_are_not_whole_numbers_are_refused_before_they_are_read():
+    values, mask = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32), np.array([[True, False], [False, True]])
+    arrays, _ = storage.encode(values, mask, "csr")
+    with pytest.raises(ValueError, match="not whole numbers"):
+        storage.decode({**arrays, "starts": arrays["starts"].astype(np.float32) * np.nan}, "csr", (2, 2))

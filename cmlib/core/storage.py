@@ -101,6 +101,7 @@ def decode(arrays: Arrays, format: str, shape: tuple[int, ...], k: int = 0) -> t
         need(len(arrays["bitmap"]) == -(-total // 8), "the bitmap does not fit the shape")
         place = np.flatnonzero(np.unpackbits(arrays["bitmap"], count=total))
     elif format == "csr":
+        need(all(np.issubdtype(arrays[n].dtype, np.integer) for n in ("starts", "columns")), "the starts or columns are not whole numbers")
         starts, columns = arrays["starts"].astype(np.int64), arrays["columns"].astype(np.int64)
         width = total // shape[0]
         need(len(starts) == shape[0] + 1 and starts[0] == 0 and (np.diff(starts) >= 0).all(), "the row starts do not rise from 0")
