@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matplotlib.text import Text
+from figures import readable
 
 from cmlib.view import plots
 
@@ -24,10 +23,7 @@ PICTURES = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_readable(name):
     figure = PICTURES[name]()
-    assert isinstance(figure, Figure)
-    figure.draw_without_rendering()
-    small = [t.get_text() for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible() and t.get_fontsize() < 12]
-    assert not small, f"smaller than 12 points: {small}"
+    readable(figure)
 
 
 @pytest.mark.parametrize("name", [n for n in PICTURES if n not in ("pixel_maps",)])

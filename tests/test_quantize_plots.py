@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from figures import readable
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.text import Text
 
 from cmlib.view import quantize
 from cmlib.view.plots import AMBER, BLUE, VERMILLION
@@ -48,10 +47,7 @@ PICTURES = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_readable_and_labelled(name):
     figure = PICTURES[name]()
-    assert isinstance(figure, Figure)
-    figure.draw_without_rendering()
-    small = [t.get_text() for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible() and t.get_fontsize() < 12]
-    assert not small, f"smaller than 12 points: {small}"
+    readable(figure)
     assert all(ax.get_xlabel() for ax in figure.axes if not ax.get_shared_x_axes().get_siblings(ax)[1:] and ax.get_label() != "<colorbar>")
     assert any(ax.get_xlabel() for ax in figure.axes)
 

@@ -4,10 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from figures import readable
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
-from matplotlib.text import Text
 
 from cmlib.core.bake import bake
 from cmlib.lab.verbs import compress
@@ -49,10 +48,7 @@ PICTURES = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_readable_and_labelled(name):
     figure = PICTURES[name]()
-    assert isinstance(figure, Figure)
-    figure.draw_without_rendering()
-    small = [t.get_text() for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible() and t.get_fontsize() < 12]
-    assert not small, f"smaller than 12 points: {small}"
+    readable(figure)
     assert figure.axes[0].get_xlabel()
     assert figure.axes[0].get_ylabel() or "removal" in name
 
