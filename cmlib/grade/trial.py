@@ -259,7 +259,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def difference(got: Any, want: Any, rtol: float = 0, atol: float = 0) -> str:
-    """How ``got`` differs from ``want``, in words that give away neither; empty where it does not. Numbers may come as a list, a tuple or an array."""
+    """How ``got`` differs from ``want``, in words that give away neither; empty where it does not. Numbers may come as list, tuple or array."""
     if isinstance(want, dict):
         if not isinstance(got, dict):
             return f"{_kind(got)} where a dict was expected"
