@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from cmlib.grade.source import Question, read
 from cmlib.grade.trial import Local, Part, judging, trial
