@@ -81,6 +81,7 @@ class Answers(Protocol):
     def call(self, name: str, args: tuple, kwargs: dict) -> Any: ...
     def get(self, name: str) -> Any: ...
     def names(self) -> list[str]: ...
+    def afresh(self) -> None: ...
 
 
 class Local:
@@ -88,6 +89,9 @@ class Local:
 
     def __init__(self, namespace: dict[str, Any]):
         self.namespace = namespace
+
+    def afresh(self) -> None:
+        """Nothing: a namespace cannot be run anew."""
 
     def names(self) -> list[str]:
         return [name for name in self.namespace if not name.startswith("_")]
@@ -146,6 +150,10 @@ class Trial:
         result = self.answers.get(name)
         self._got = show(result)
         return result
+
+    def afresh(self) -> None:
+        """Run the learner's notebook anew in the judge: what a call left behind, in globals or files, is gone."""
+        self.answers.afresh()
 
     def tensor(self, array: Any) -> Any:
         """An argument that the learner's function gets as a torch tensor."""
