@@ -21,7 +21,7 @@ from cmlib.lab.verbs import compress, plan
 from cmlib.lab.zoo import build
 from cmlib.methods import catalog
 
-METHODS = list(catalog())
+METHODS = [k for k, m in catalog().items() if not m.no_plan]
 SCORES = [m.key for m in catalog().values() if m.selects]
 LEARNING = [m.key for m in catalog().values() if m.learns]
 NORMS = [m.key for m in catalog().values() if "bn_gamma" in m.asks]

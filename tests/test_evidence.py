@@ -114,6 +114,28 @@ def test_the_second_moment_of_inputs_is_that_of_the_patches(kind):
     assert gram["2"].shape[0] == conv.groups
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_sampled_rows_are_what_outputs_are_products_of(kind):
+    model, pair = tiny(kind)
+    layers = weighted(model)
+    for name, rows in gather(model, layers, "acts_rows", pair).items():
+        w = layers[name].weight.detach()
+        seen = []
+        with torch.no_grad():
+            handle = layers[name].register_forward_hook(lambda layer, i, o, seen=seen: seen.append(o))
+            model(pair[0])
+            handle.remove()
+        bias = 0 if layers[name].bias is None else layers[name].bias.detach()
+        made = torch.einsum("sgk,gok->sgo", rows, w.reshape(rows.shape[1], -1, rows.shape[2])).flatten(1) + bias
+        out = seen[0].flatten(2).transpose(1, 2).flatten(0, 1) if seen[0].dim() == 4 else seen[0]
+        assert len(made) == 11 * min(10, len(out) // 11) and torch.cdist(made, out).min(1).values.max() < 1e-6
+
+
+def test_places_are_counted_among_the_covered_layers():
+    model, pair = tiny("plain")
+    assert list(gather(model, weighted(model), "place", pair).values()) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
 def test_beyond_sixteen_outputs_random_directions_stand_for_the_rest():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 40)).double()

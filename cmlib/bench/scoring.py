@@ -34,7 +34,7 @@ def scoring() -> Iterator[str]:
     total = sum(layer.weight.numel() for layer in weighted(net).values())
     title = f"Scoring the residual net ({total:,} weights) on Fashion-MNIST: from the network to its first plan, evidence of 512 images, median of 3"
     yield from heading(title, "method", "asks for", "seconds", "bound")
-    for method in (m for m in catalog().values() if m.chapter in ("02", "03")):
+    for method in (m for m in catalog().values() if m.chapter in ("02", "03") and not m.no_plan):
         asks = [a for a in method.asks if a not in ("w", "training")]
         yield line(f"`{method.key}`", ", ".join(asks) or "the weight alone", *_seconds(net, method, data, asks))
     yield line("`layerwise_obs`, order = greedy", "acts_gram", f"{greedy(net, data):.0f} (once)", GREEDY)

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .channels import Group, all_groups, groups
-from .evidence import CHUNK, Evidence, Layers, Loss, _watched, patches
+from .evidence import CHUNK, Evidence, Layers, Loss, _watched, at_places, patches
 
 RELUS = {F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.hardtanh, F.hardtanh_}
-POSITIONS = 10  # places of a map that are looked at in each image (He et al. 2017 and Luo et al. 2017 sample so)
 
 
 def bn_gamma(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
@@ -109,9 +108,7 @@ def next_acts_in(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: L
                 model(xs)
             for name, (reader, places) in reads.items():
                 columns = patches(reader, seen[name][0])[:, 0]  # (examples, inputs x kernel, positions)
-                positions = torch.randint(columns.shape[2], (len(columns), min(POSITIONS, columns.shape[2])), generator=draw).to(columns.device)
-                chosen = columns.gather(2, positions[:, None].expand(-1, columns.shape[1], -1)).transpose(1, 2).flatten(0, 1)
-                parts[name].append(_by_channel(chosen, places, reader))
+                parts[name].append(_by_channel(at_places(columns, draw), places, reader))
     return {name: torch.cat(p) for name, p in parts.items()}
 
 
@@ -124,6 +121,7 @@ def next_w(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -
 CHANNEL_PROVIDERS = {f.__name__: f for f in (bn_gamma, gamma_in, filter_rows, zeros, flow, next_acts_in, next_w)}
 WITHOUT_DATA = {
     "macs",
+    "place",
     *(f.__name__ for f in (bn_gamma, gamma_in, filter_rows, next_w)),
 }  # one image of any content shows them which channels go where
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Layers = dict[str, nn.Module]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -19,6 +20,7 @@ Evidence = dict[str, Tensor]
 
 WHOLE_HESSIAN = 4_000  # weights; the inverse of LeNet-5's would take 0.74 TB
 CHUNK = 32  # examples whose gradients are held at once
+POSITIONS = 10  # places of a map that are looked at in each image (He et al. 2017 and Luo et al. 2017 sample so)
 PROBES = 16  # random directions that stand for the output's Hessian where there are more outputs than this
 
 
@@ -111,9 +113,68 @@ def macs(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> 
     return {name: torch.full_like(layers[name].weight, out.numel() / len(layers[name].weight)) for name, (_, out) in seen.items()}
 
 
+def positions(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """Of each place of a 2-D convolution's map, (2, H, W): the mean over examples of sum_c |V dL/dV|, and how many pooling windows read it.
+
+    1 each where no max pooling follows. Zeros, (2, 1, 1), of a layer of another kind.
+    """
+    found = {name: torch.zeros(2, 1, 1).to(m.weight) for name, m in layers.items()}
+    maps = {name: m for name, m in layers.items() if isinstance(m, nn.Conv2d)}
+    for xs, ys in zip(x.split(CHUNK), y.split(CHUNK), strict=True) if maps else ():
+        with _watched(maps) as seen, _Pools(seen) as pools:
+            cost = loss(model(xs), ys) * len(xs)
+        outputs = [v for _, v in seen.values()]
+        for name, v, g in zip(seen, outputs, torch.autograd.grad(cost, outputs, allow_unused=True), strict=True):
+            impact = torch.zeros_like(v[0, 0]) if g is None else (v * g).detach().abs().sum((0, 1)) / len(x)
+            found[name] = torch.stack([found[name][0] + impact, pools.reads.get(name, torch.ones_like(impact))])
+    return found
+
+
+class _Pools(TorchFunctionMode):
+    """How often each place of a map is read by the max pooling behind it: {layer: (H, W)}."""
+
+    def __init__(self, seen: dict[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.seen, self.reads = seen, {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        last = next(reversed(self.seen), None)  # the layer that ran last
+        if func is F.max_pool2d and last is not None and self.seen[last][1].shape[2:] == args[0].shape[2:]:
+            ones = torch.ones_like(self.seen[last][1][:1, :1], requires_grad=True)
+            how = {n: kwargs[n] for n in ("stride", "padding", "ceil_mode")}
+            sums = F.avg_pool2d(ones, args[1], **how, divisor_override=1)
+            self.reads.setdefault(last, torch.autograd.grad(sums.sum(), ones)[0][0, 0])
+        return func(*args, **(kwargs or {}))
+
+
 def layer(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
     """The number of the layer that a weight belongs to, for methods that see all weights as one vector. Shape of ``w``."""
     return {name: torch.full(m.weight.shape, i, device=m.weight.device) for i, (name, m) in enumerate(layers.items())}
+
+
+def place(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, tuple[int, int]]:
+    """(the layer's number among the covered ones, how many there are)."""
+    return {name: (i, len(layers)) for i, name in enumerate(layers)}
+
+
+def acts_rows(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """What each layer's outputs at sampled places are products of: (samples, groups, k), k the weights of one output."""
+    parts: dict[str, list[Tensor]] = {}
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for xs in x.split(CHUNK):
+            with _watched(layers) as seen:
+                model(xs)
+            for name, (a, _) in seen.items():
+                columns = patches(layers[name], a)
+                parts.setdefault(name, []).append(at_places(columns.flatten(1, 2), draw).unflatten(1, columns.shape[1:3]))
+    return {name: torch.cat(p) for name, p in parts.items()}
+
+
+def at_places(columns: Tensor, draw: torch.Generator) -> Tensor:
+    """Of columns (examples, k, positions) those at a few random positions of each example: (samples, k)."""
+    positions = torch.randint(columns.shape[2], (len(columns), min(POSITIONS, columns.shape[2])), generator=draw).to(columns.device)
+    return columns.gather(2, positions[:, None].expand(-1, columns.shape[1], -1)).transpose(1, 2).flatten(0, 1)
 
 
 def quality(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, Callable[[Tensor], float]]:
@@ -130,7 +191,7 @@ def quality(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) 
     return dict.fromkeys(layers, found)
 
 
-GATHERED = (grad, hess_diag, hess_rows, acts_gram, acts_in, sensitivity, macs, layer, quality)
+GATHERED = (grad, hess_diag, hess_rows, acts_gram, acts_in, sensitivity, macs, positions, layer, place, acts_rows, quality)
 PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in GATHERED}
 
 

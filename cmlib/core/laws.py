@@ -226,7 +226,9 @@ QUANTIZERS: tuple[Law, ...] = (few_levels, idempotent, degenerate, trains)
 
 
 def laws_of(method: Method) -> tuple[Law, ...]:
-    """The laws that bind a method: those of selection only where ``keep`` is one of its knobs."""
+    """The laws that bind a method: those of selection only where ``keep`` is one of its knobs, none where it makes no plan."""
+    if method.no_plan:
+        return ()
     return (*SCORES, *(SELECTION if "keep" in method.knobs else ()), *PACKED, *(QUANTIZERS if method.kind == "quantizer" else ()))
 
 

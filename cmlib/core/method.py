@@ -23,6 +23,11 @@ from .knobs import Knob, bind, knobs_of
 from .packed import Masked
 from .select import selection
 
+WITHOUT_PLAN = {  # kinds of which a weight becomes nothing by itself, and what to do with one instead
+    "tool": "is a part that methods stand on: call it, as catalog()[{key!r}](...)",
+    "recipe": "is a row of stages, each a method and its training: follow(model, {key!r}, data) goes through them",
+}
+
 
 @dataclass(frozen=True)
 class Training:
@@ -92,6 +97,11 @@ class Method:
         """The evidence that the function takes, in order."""
         return evidence_of(self.fn)
 
+    @property
+    def no_plan(self) -> str:
+        """Why no plan can be made by this method, and what to do instead; empty where one can."""
+        return f"{self.key} {WITHOUT_PLAN[self.kind].format(key=self.key)}" if self.kind in WITHOUT_PLAN else ""
+
     @cached_property
     def reads_inputs(self) -> bool:
         """Whether what the layers' inputs are rounded to depends on them, so that it needs data."""
@@ -145,6 +155,9 @@ def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
 
 score = _kind("score")
 quantizer = _kind("quantizer")
+tool = _kind("tool")
+recipe = _kind("recipe")
+dynamic = _kind("dynamic")
 
 
 def end_to_end(given: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .method import Method, apart, call, end_to_end
 from .packed import Masked, Packed
 from .select import Masks, Ranking, is_n_of_m, rank, to_units, to_weights
 from .sites import AS_THEY_ARE
-from .wrapped import Sited
+from .wrapped import around
 
 PROVIDERS = LAYER_PROVIDERS | CHANNEL_PROVIDERS
 INPUT_IMAGES = 128  # whose activations set the ranges of rounded inputs
@@ -80,6 +80,8 @@ class Planner:
     """
 
     def __init__(self, model: nn.Module, method: Method, *, where: str = "*", data: Any = None, loss: Loss = F.cross_entropy, samples: int = 512):
+        if method.no_plan:
+            raise ValueError(method.no_plan)
         self.model, self.method, self.layers, self.data, self.loss = model, method, covered(model, where), data, loss
         self.previous = {n: p.in_weights() for n, p in plan_of(model).items()}
         self.weights = self._dense(self.layers)
@@ -101,9 +103,9 @@ class Planner:
         """The plan {layer: packed} for these knobs. ValueError for a knob that is misspelt or out of range."""
         knobs = self.method.bind(knobs)
         if self.method.kind == "quantizer":
-            return {n: self._with_input(n, p, knobs) for n, p in self._quantized(knobs).items()}
+            return {n: self._at_places(n, self._with_input(n, p, knobs)) for n, p in self._quantized(knobs).items()}
         plan = self._selected(knobs) if self.method.selects else self._own(knobs)
-        return {n: self._as_before(n, p) for n, p in plan.items()}
+        return {n: self._at_places(n, self._as_before(n, p)) for n, p in plan.items()}
 
     def _selected(self, knobs: dict[str, Any]) -> Plan:
         """The plan of a method that gives scores."""
@@ -169,7 +171,11 @@ class Planner:
     def _as_before(self, name: str, packed: Packed) -> Packed:
         """The packed value with the rounding of inputs that the layer had before."""
         given = getattr(self.previous.get(name), "input", None)
-        return packed if given is None else Sited(packed, given)
+        return around(packed, given)
+
+    def _at_places(self, name: str, packed: Packed) -> Packed:
+        """The packed value with the places of its output that the layer worked out before, where the method gives none."""
+        return packed if hasattr(packed, "computed") else around(packed, computed=getattr(self.previous.get(name), "computed", None))
 
     def _with_input(self, name: str, packed: Packed, knobs: dict[str, Any]) -> Packed:
         """The packed value with the rounding of its layer's inputs. The first layer reads the image, whose 8 bits are left as they are."""
@@ -178,7 +184,7 @@ class Planner:
         if knobs.get("a_bits") == AS_THEY_ARE:
             return packed
         given = call(self.method.acts, {"x": self.inputs.get(name), "training": False}, {**knobs, "state": None})
-        return packed if given is None else Sited(packed, given)
+        return around(packed, given)
 
     @cached_property
     def inputs(self) -> Evidence:

@@ -5,7 +5,7 @@ A schedule is a tuple of stages; ``one_shot(.1, 4) + (Stage(.1, 2),)`` is a sche
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Stage(NamedTuple):
@@ -16,6 +16,21 @@ class Stage(NamedTuple):
 
 
 Schedule = tuple[Stage, ...]
+
+
+class Step(NamedTuple):
+    """A step of a recipe: attach the method ``key`` with ``knobs``, then train for ``share`` of the epochs.
+
+    ``guide`` is the weight with which a network of full precision, trained beside it, guides this one.
+    """
+
+    key: str
+    knobs: dict[str, Any]
+    share: float
+    guide: float = 0.0
+
+
+Recipe = tuple[Step, ...]
 
 
 def one_shot(keep: float, epochs: int) -> Schedule:
