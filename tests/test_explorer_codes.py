@@ -236,7 +236,7 @@ def test_a_network_whose_inputs_are_rounded_already(digits, method, knobs, where
 
 def test_estimates_too_are_of_rounded_inputs():
     panel = panel_of(net="cnn", a_bits=1, bits=3)
-    *_, (last, _) = panel.live.estimates(panel.state.weights, panel.state.inputs)
+    *_, (last, _) = panel.live.estimates(panel.state.weights, panel.state.around)
     assert last.exact and last.accuracy == pytest.approx(panel.state.accuracy, abs=1e-12)
     heard = []
     panel.send = lambda content, buffers=None: heard.append(content)
@@ -380,7 +380,7 @@ def test_what_training_made_of_a_quantizer_is_shown(digits, tmp_path, key):
     assert state.accuracy == evaluate(model, digits) == evaluate(panel.model(), digits)
     assert state.file_bytes == (tmp_path / "model.cml").stat().st_size
     assert any(not torch.equal(p.dense(), before.plan[n].dense()) for n, p in state.plan.items())
-    assert state.inputs.keys() == before.inputs.keys() and state.activation_bits == before.activation_bits
+    assert state.around.keys() == before.around.keys() and state.activation_bits == before.activation_bits
     assert table(panel)["levels"] == ["floats", *words.levels_text(before.plan)] and "fit(" in panel.line()
     assert sum(n for _, n, _ in drawn(panel, "histogram")[0]["sticks"]) == panel.planner.weights[panel.layer].numel()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,8 +21,9 @@ from .channels import LAYERS
 from .codes import SparseCodes
 from .method import Method, apart, call, end_to_end, evidence_of
 from .packed import Masked, Packed, State, laid_like
-from .sites import INPUTS, Site, attach_site, detach_site, input_of, rounds_gradients
-from .wrapped import Sited
+from .perforate import attach_places, detach_places, places_of
+from .sites import INPUTS, Site, attach_site, detach_site, input_of, inputs_at, rounds_gradients
+from .wrapped import around, within
 
 Plan = dict[str, Packed]
 
@@ -119,23 +121,26 @@ def latent(layer: nn.Module) -> Tensor:
 def plan_of(model: nn.Module) -> Plan:
     """What is attached to a model now: {layer: packed}, detached and frozen; empty for a model that was never compressed."""
     with torch.no_grad():
-        return {name: _with_input(a.packed(latent(layer)).frozen(), layer) for name, layer, a in attached(model)}
+        return {name: _around(a.packed(latent(layer)).frozen(), layer) for name, layer, a in attached(model)}
 
 
-def _with_input(packed: Packed, layer: nn.Module) -> Packed:
-    """The packed value with the rounding of its layer's inputs, where there is one."""
-    given = input_of(layer)
-    return packed if given is None or hasattr(packed, "input") else Sited(packed, given.frozen())
+def _around(packed: Packed, layer: nn.Module) -> Packed:
+    """The packed value with what stands around it in its layer."""
+    given = None if hasattr(packed, "input") else input_of(layer)
+    return around(packed, given and given.frozen(), None if hasattr(packed, "computed") else places_of(layer))
 
 
 def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs: dict[str, Any] | None = None) -> None:
-    """Put ``packed`` between a layer and its weight, in place of whatever stood there, and its ``input`` before it; the layer is changed."""
+    """Put ``packed`` between a layer and its weight, in place of whatever stood there, and what stands around it; the layer is changed."""
     detach(layer)
     detach_site(layer)
+    detach_places(layer)
     given = getattr(packed, "input", None)
     if given is not None or rounds_gradients(method, knobs or {}) or (method is not None and method.saves is not None):
         attach_site(layer, Site(given, method, knobs))
-    packed = packed.inner if isinstance(packed, Sited) else packed
+    if hasattr(packed, "computed"):
+        attach_places(layer, packed.computed)
+    packed = within(packed)
     between = Attached(packed, method, knobs).to(layer.weight.device)
     between.training = layer.training
     if between.method is None or (between.method.training.project and isinstance(packed, Masked)):  # others learn from the weight as it is
@@ -198,6 +203,20 @@ def _plain(owner: nn.Module, parameter: str) -> None:
         cls = type(owner)  # torch takes the parameter off the class, which a deep copy shares with its original
         owner.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
         parametrize.remove_parametrizations(owner, parameter, leave_parametrized=True)
+
+
+@contextmanager
+def surrounded(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Layers of a plain ``model`` round what they read, and leave out places of their output, as ``plan`` says, inside the block."""
+    places = {model.get_submodule(n): p.computed for n, p in plan.items() if hasattr(p, "computed")}
+    try:
+        for layer, computed in places.items():
+            attach_places(layer, computed)
+        with inputs_at(model, {n: p.input for n, p in plan.items() if hasattr(p, "input")}):
+            yield
+    finally:
+        for layer in places:
+            detach_places(layer)
 
 
 def substituted(model: nn.Module, plan: Plan) -> dict[str, Tensor]:

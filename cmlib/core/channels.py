@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .evidence import Evidence
 from .inputs import as_input, device_of, dtype_of, pair_of
+from .perforate import everywhere
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Vectors = tuple[tuple[str, int], ...]  # (parameter, where the layer's channels start in it)
@@ -73,7 +74,8 @@ def graph_of(model: nn.Module, example: Tensor) -> Any:
     import torch_pruning
 
     try:
-        return torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
+        with everywhere(model):
+            return torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
     except Exception as error:
         raise UntraceableError(
             _refusal(model, example)

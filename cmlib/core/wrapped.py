@@ -1,4 +1,4 @@
-"""What is put around a packed value: the rounding of the layer's inputs, an entropy code; and all types that a file can hold."""
+"""What is put around a packed value: the rounding of the layer's inputs, the places that it works out, an entropy code; all types of a file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import entropy, storage
@@ -80,6 +81,50 @@ class Sited(Around):
 
 
 @dataclass(frozen=True, eq=False)
+class Perforated(Around):
+    """The weight of a convolution that works out its output at ``computed`` (H, W), bool, alone (``core.perforate``): a bitmap beside the weight."""
+
+    inner: Packed
+    computed: Tensor
+
+    def parts(self) -> tuple[Arrays, Streams]:
+        plain, streams = self.inner.parts()
+        return {**plain, "computed": np.packbits(self.computed.cpu().numpy())}, streams
+
+    def bits(self) -> int:
+        return self.inner.bits() + 8 * -(-self.computed.numel() // 8)
+
+    def meta(self) -> dict[str, Any]:
+        inner = self.inner.meta()
+        return {"type": "perforated", "shape": inner["shape"], "inner": inner, "map": list(self.computed.shape)}
+
+    @classmethod
+    def widths(cls, plain: Arrays, meta: dict[str, Any]) -> Widths:
+        storage.need(meta["inner"]["shape"] == meta["shape"], "the shapes inside and outside differ")
+        return TYPES[meta["inner"]["type"]].widths(plain, meta["inner"])
+
+    @classmethod
+    def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> Perforated:
+        height, width = meta["map"]
+        storage.need(len(meta["shape"]) == 4 and len(plain["computed"]) == -(-height * width // 8), "the places do not fit a map of a convolution")
+        computed = np.unpackbits(plain["computed"], count=height * width).astype(bool).reshape(height, width)
+        storage.need(bool(computed.any()), "no place of the map is worked out")
+        rest = {n: a for n, a in plain.items() if n != "computed"}
+        return cls(TYPES[meta["inner"]["type"]].rebuild(rest, streams, meta["inner"]), torch.from_numpy(computed))
+
+
+def around(packed: Packed, given: Input | None = None, computed: Tensor | None = None) -> Packed:
+    """The packed value with the rounding of its layer's inputs and the places of its output put around it, where there are any."""
+    packed = packed if given is None else Sited(packed, given)
+    return packed if computed is None else Perforated(packed, computed)
+
+
+def within(packed: Packed) -> Packed:
+    """What stands for the weight alone, entropy code and all."""
+    return within(packed.inner) if isinstance(packed, (Sited, Perforated)) else packed
+
+
+@dataclass(frozen=True, eq=False)
 class Coded(Around):
     """A packed value whose streams of small numbers are written in an entropy code: ``huffman`` or ``ans``."""
 
@@ -131,12 +176,12 @@ def entropy_coded(packed: Packed, coder: str = "huffman") -> Coded:
     """``packed`` in an entropy code; of sparse codes the width of the gaps is the one that makes it smallest then."""
     if isinstance(packed, Coded):
         return entropy_coded(packed.inner, coder)
-    if isinstance(packed, Sited):
+    if isinstance(packed, (Sited, Perforated)):
         return Coded(replace(packed, inner=entropy_coded(packed.inner, coder).inner), coder)
     tried = [packed, *(replace(packed, gap_bits=k) for k in GAP_BITS)] if isinstance(packed, SparseCodes) else [packed]
     return min((Coded(p, coder) for p in tried), key=Coded.bits)
 
 
 TYPES: dict[str, type[Packed]] = {
-    **TERMS, "spectral": Spectral, "sparse codes": SparseCodes, "sum": Sum, "sited": Sited, "coded": Coded
+    **TERMS, "spectral": Spectral, "sparse codes": SparseCodes, "sum": Sum, "sited": Sited, "perforated": Perforated, "coded": Coded
 }  # the name in a file's header  # fmt: skip

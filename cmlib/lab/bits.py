@@ -11,13 +11,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..core.apply import Plan, attach_plan, substituted, with_plain_weights
+from ..core.apply import Plan, attach_plan, substituted, surrounded, with_plain_weights
 from ..core.inputs import Pair, pair_of
 from ..core.knobs import nearest
 from ..core.method import Method
 from ..core.planner import Planner
-from ..core.sites import inputs_at
-from ..core.wrapped import Sited
 from ..methods import find
 from .data import Data
 from .train import batches, evaluating
@@ -52,8 +50,8 @@ def bit_sensitivity(model: nn.Module, method: Method | str, data: Data | Pair, *
 
 def _accuracy(plain: nn.Module, plan: Plan, images: torch.Tensor, labels: torch.Tensor, batch: int) -> float:
     """Accuracy in [0, 1] with the plan in place of the model's own weights and inputs."""
-    weights, inputs = substituted(plain, plan), {n: p.input for n, p in plan.items() if isinstance(p, Sited)}
-    with evaluating(plain), inputs_at(plain, inputs):
+    weights = substituted(plain, plan)
+    with evaluating(plain), surrounded(plain, plan):
         answers = [functional_call(plain, weights, (x,)).argmax(1).cpu() for x in batches(images, batch, plain)]
     return (torch.cat(answers) == labels.cpu()).double().mean().item()
 

@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from ..core.apply import Plan, attach_plan, attached, held, plan_of, weighted
 from ..core.bake import narrowed, widths
 from ..core.packed import Packed
+from ..core.perforate import places_of
 from ..core.sites import input_of
 from ..core.wrapped import TYPES
 from .zoo import build, write
 
 FORMAT = 1
-PLACES = {"bitmap", "gaps", "columns", "starts"}  # in the names of arrays that say where weights lie
+PLACES = {"bitmap", "gaps", "columns", "starts", "computed"}  # in the names of arrays that say where weights lie, or what is worked out
 Tensors = dict[str, Tensor]
 
 
@@ -53,8 +54,10 @@ def save(model: nn.Module, path: str | Path) -> int:
     """
     with _about(path, "saved"):
         plan = plan_of(model)
-        lost = [n for n, m in weighted(model).items() if n not in plan and input_of(m) is not None]
-        _need(not lost, f"{_some(lost)} rounds its inputs but has plain weights, of which a file holds no rounding; save the compressed model")
+        plain = {n: m for n, m in weighted(model).items() if n not in plan}
+        for what, lost in {"rounds its inputs": input_of, "leaves out places": places_of}.items():
+            found = [n for n, m in plain.items() if lost(m) is not None]
+            _need(not found, f"{_some(found)} {what} but has plain weights, of which a file holds no such thing; save the compressed model")
         raw = _encoded(model, plan)
         write(Path(path), raw)
     return len(raw)

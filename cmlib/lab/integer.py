@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from ..core.apply import weighted
 from ..core.inputs import pair_of, sample
+from ..core.perforate import places_of
 from ..core.sites import input_of
 from .calibrate import SAMPLES, fold_batch_norm, traced
 from .ranges import PER, Affine, Histogram, affine, counted, rule, varied, weight_affine
@@ -236,6 +237,8 @@ def integer_network(model: nn.Module, data: Any, *, bits: int = 8, per: str = "t
         raise ValueError(f"bits={bits!r}, per={per!r}: allowed are bits from 2 to 8, as a code is a byte, and per one of {', '.join(PER)}")
     if rounding := [n for n, m in weighted(model).items() if input_of(m) is not None]:
         raise IntegerError(f"layer {rounding[0]} rounds its inputs already, to levels of its own; give the network before its inputs were quantized")
+    if skipping := [n for n, m in weighted(model).items() if places_of(m) is not None]:
+        raise IntegerError(f"layer {skipping[0]} works out some places of its map only, which whole numbers do not; give the network before that")
     net, choose = _known(traced(fold_batch_norm(model).cpu())), rule(how)
     images = sample(data, samples)[0]
     if images.dtype != torch.uint8:

@@ -6,10 +6,10 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import binary, codebooks, discrete, fewbits, formats, grids, prune, prune_budgets, prune_neurons, prune_training, quantize, structures
+from . import binary, codebooks, discrete, fewbits, formats, grids, prune, prune_budgets, prune_neurons, prune_training, quantize, structures, structures_judged
 
 CHAPTERS: tuple[ModuleType, ...] = (
-    prune, prune_neurons, prune_training, prune_budgets, structures, quantize, grids, codebooks, binary, fewbits, formats, discrete
+    prune, prune_neurons, prune_training, prune_budgets, structures, structures_judged, quantize, grids, codebooks, binary, fewbits, formats, discrete
 )  # fmt: skip
 
 

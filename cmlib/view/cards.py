@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Plan
+from ..core.apply import Plan, surrounded
 from ..core.codes import Codes, Sum
 from ..core.packed import Masked, Packed
-from ..core.sites import inputs_at
 from ..lab.measure import bare, codes_in, input_bits
-from .live import Inputs
 
 BINS = 81
 STICKS = 257  # so many levels are drawn each for itself; of more, those that lie close together as one
@@ -222,10 +220,10 @@ def input_stairs(out: Cards, name: str, packed: Packed) -> None:
     out.add(_stairs(caption, edges, np.arange(BINS), y[:-1], y[1:]))
 
 
-def feature_maps(model: nn.Module, layer: str, x: Tensor, weights: dict[str, Tensor], inputs: Inputs) -> Tensor | None:
-    """The first maps (n, h, w) that a convolution makes of one image, with ``weights`` in place and layers' ``inputs`` rounded."""
+def feature_maps(model: nn.Module, layer: str, x: Tensor, weights: dict[str, Tensor], around: Plan) -> Tensor | None:
+    """The first maps (n, h, w) that a convolution makes of one image, with ``weights`` in place and what ``around`` puts about its layers."""
     seen: list[Tensor] = []
-    with torch.no_grad(), inputs_at(model, inputs):
+    with torch.no_grad(), surrounded(model, around):
         handle = model.get_submodule(layer).register_forward_hook(lambda m, i, o: seen.append(o))  # after the hook of a rounded input
         try:
             torch.func.functional_call(model, weights, (x,))

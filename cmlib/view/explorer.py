@@ -226,7 +226,7 @@ class Explorer(Walk, anywidget.AnyWidget):
     async def _count(self, seq: int, state: State, hurried: bool) -> None:
         """All images, a batch at a time; an estimate is sent where its interval has narrowed by a third; if ``hurried``, one will do till rest."""
         shown = 1.0
-        async for step in self._slices(self.live.estimates(state.weights, state.inputs)):
+        async for step in self._slices(self.live.estimates(state.weights, state.around)):
             estimate, answers = step
             if estimate and not estimate.exact and estimate.half < 0.7 * shown:
                 state.estimate, shown = estimate, estimate.half
@@ -265,7 +265,7 @@ class Explorer(Walk, anywidget.AnyWidget):
         self._guess = self._begin(self._reveal, message["value"], self.look(at))
 
     async def _reveal(self, guess: float, state: State) -> None:
-        answers = torch.cat([part async for part in self._slices(self.live.batches(state.weights, state.inputs))])
+        answers = torch.cat([part async for part in self._slices(self.live.batches(state.weights, state.around))])
         actual = (answers == self.live.labels).double().mean().item()
         self.guesses.append({"at": state.knobs, "guess": guess, "actual": actual})
         off = 100 * (guess - actual)

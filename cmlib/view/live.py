@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..core.apply import with_plain_weights
+from ..core.apply import Plan, surrounded, with_plain_weights
 from ..core.inputs import as_input, device_of, pair_of, stratified
-from ..core.sites import Input, inputs_at
 
 HALF_WIDTH = 0.02  # an estimate is shown once its interval is at most this wide to either side
 FIRST = 250  # images before the first look
 Z95 = 1.959964
-Inputs = dict[str, Input]  # what layers round their inputs to
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,9 @@ class Live:
         self.stages = list(self.model._modules.items()) if chain else []  # named_children would leave out a module that stands twice
         self.dense = self.answers({})
 
-    def tail(self, weights: dict[str, Tensor], inputs: Inputs | None = None) -> tuple[nn.Module, list[Tensor]]:
-        """The part of the network from the first changed parameter or rounded input on, and the kept activations that go into it."""
-        names = {name.split(".")[0] for name in (*weights, *(inputs or {}))}
+    def tail(self, weights: dict[str, Tensor], around: Plan | None = None) -> tuple[nn.Module, list[Tensor]]:
+        """The part of the network from the first changed parameter or layer on, and the kept activations that go into it."""
+        names = {name.split(".")[0] for name in (*weights, *(around or {}))}
         first = next((i for i, (name, _) in enumerate(self.stages) if name in names), 0)
         if first not in self.starts:
             head = nn.Sequential(OrderedDict(self.stages[:first]))
@@ -85,27 +83,27 @@ class Live:
                 self.starts[first] = [head(x) for x in self.starts[0]]
         return (nn.Sequential(OrderedDict(self.stages[first:])) if first else self.model), self.starts[first]
 
-    def batches(self, weights: dict[str, Tensor], inputs: Inputs | None = None) -> Iterator[Tensor]:
+    def batches(self, weights: dict[str, Tensor], around: Plan | None = None) -> Iterator[Tensor]:
         """The answers (classes) of the network with ``weights`` ({layer, or parameter: tensor}) in place, a batch of images at a time.
 
-        ``inputs`` ({layer: rounding}) says what these layers read instead of their inputs.
+        ``around`` ({layer: packed}) says what these layers read instead of their inputs, and which places of their output they work out.
         """
-        model, starts = self.tail(weights, inputs)
+        model, starts = self.tail(weights, around)
         model.eval()
         parameters = {n if n in self.parameters else f"{n}.weight": w for n, w in weights.items()}
         for x in starts:
-            with self.lock, torch.no_grad(), inputs_at(model, inputs or {}):  # both change the one model for the length of the call
+            with self.lock, torch.no_grad(), surrounded(model, around or {}):  # both change the one model for the length of the call
                 answers = functional_call(model, parameters, (x,)).argmax(1).cpu()
             yield answers  # outside: whoever stops asking must not keep the lock
 
-    def answers(self, weights: dict[str, Tensor], inputs: Inputs | None = None) -> Tensor:
-        return torch.cat(list(self.batches(weights, inputs)))
+    def answers(self, weights: dict[str, Tensor], around: Plan | None = None) -> Tensor:
+        return torch.cat(list(self.batches(weights, around)))
 
-    def estimates(self, weights: dict[str, Tensor], inputs: Inputs | None = None) -> Iterator[tuple[Estimate | None, Tensor]]:
+    def estimates(self, weights: dict[str, Tensor], around: Plan | None = None) -> Iterator[tuple[Estimate | None, Tensor]]:
         """After each batch: the estimate, or None while it is too wide to show, and the answers so far. The last is exact."""
         answers: list[Tensor] = []
         correct, done = torch.zeros_like(self.totals), torch.zeros_like(self.totals)
-        for part in self.batches(weights, inputs):
+        for part in self.batches(weights, around):
             labels = self.labels[int(done.sum()) :][: len(part)]
             answers.append(part)
             correct += self._count(labels[part == labels])
@@ -118,9 +116,9 @@ class Live:
         """How many of each class."""
         return torch.bincount(labels, minlength=len(self.totals))
 
-    def accuracy(self, weights: dict[str, Tensor] | None = None, inputs: Inputs | None = None) -> float:
+    def accuracy(self, weights: dict[str, Tensor] | None = None, around: Plan | None = None) -> float:
         """The exact accuracy, in [0, 1]."""
-        answers = self.dense if weights is None else self.answers(weights, inputs)
+        answers = self.dense if weights is None else self.answers(weights, around)
         return (answers == self.labels).double().mean().item()
 
     def by_class(self, answers: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ..core.bake import bake
 from ..core.channels import UntraceableError
 from ..core.method import Method
 from ..core.planner import PROVIDERS, Planner
+from ..core.perforate import detach_places
 from ..core.sites import detach_site
 from ..lab.cost import multiply_adds
 from ..lab.data import Data
@@ -67,9 +68,10 @@ class Walk:
         self.planner = Planner(net, self.method, where=self.where, data=self.data)
         self._seen: OrderedDict[tuple, tuple[Plan, list[str]]] = OrderedDict()
         self.live = Live(net, self.data, part=self.part)
-        self.rounded = {n: p.input for n, p in self.planner.previous.items() if n in self.planner.layers and input_bits(p) is not None}
-        for name in self.rounded:  # a plan says itself what its layers read
+        self.before = {n: p for n, p in self.planner.previous.items() if n in self.planner.layers and (hasattr(p, "input") or hasattr(p, "computed"))}
+        for name in self.before:  # a plan says itself what its layers read and which places they work out
             detach_site(self.live.model.get_submodule(name))
+            detach_places(self.live.model.get_submodule(name))
         size = sizes_of(net)
         self.header_bytes = size["header"]
         covered = {n: size["layers"].get(n, w.nbytes) for n, w in self.planner.weights.items()}
@@ -135,7 +137,7 @@ class Walk:
     def _at(self, knobs: dict[str, Any]) -> State:
         """The state of these knobs, measured; the point joins the path."""
         state = self.look(knobs)
-        self._finish(state, self.live.answers(state.weights, state.inputs))
+        self._finish(state, self.live.answers(state.weights, state.around))
         self.path.append(state.step())
         return state
 
@@ -175,9 +177,9 @@ class Walk:
         x = self.live.starts[0][0][:1]
         if self.layer not in self.maps:
             conv = self.views[self.layer].weight.dim() == 4
-            self.maps[self.layer] = cards.feature_maps(self.pictured, self.layer, x, {}, self.rounded) if conv else None
+            self.maps[self.layer] = cards.feature_maps(self.pictured, self.layer, x, {}, self.before) if conv else None
         if self.maps[self.layer] is not None:
-            model, *changes = (state.net, {}, {}) if state.net else (self.pictured, state.weights, state.inputs)
+            model, *changes = (state.net, {}, {}) if state.net else (self.pictured, state.weights, state.around)
             cards.maps_strip(out, self.layer, self.maps[self.layer], cards.feature_maps(model, self.layer, x, *changes))
 
     # what is said of it -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ..core.knobs import Knob, Span
 from ..core.packed import Packed
 from ..core.select import is_n_of_m
 from ..lab.measure import codes_in, costs, input_bits
-from .live import Estimate, Inputs
+from .live import Estimate
 
 KNOB_LABELS = {"keep": "keep, share that stays", "lam": "λ, strength of the penalty", "c": "c, threshold in standard deviations",
                "k": "k, levels of a codebook", "bits": "bits of a weight", "a_bits": "bits of an activation", "g_bits": "bits of a gradient",
@@ -88,9 +88,9 @@ class State:
         return f"State({knobs}: {size_text(self.file_bytes)}, {right})"
 
     @property
-    def inputs(self) -> Inputs:
-        """What layers round their inputs to, by name."""
-        return {n: p.input for n, p in self.plan.items() if input_bits(p) is not None}
+    def around(self) -> Plan:
+        """The part of the plan that changes more of a layer than its weight: what it reads, which places of its output it works out."""
+        return {n: p for n, p in self.plan.items() if hasattr(p, "input") or hasattr(p, "computed")}
 
     @property
     def untrained(self) -> State:
