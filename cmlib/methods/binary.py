@@ -6,6 +6,7 @@ left. (Survey sections are of the 2020 survey, 001.) Signs take sign(0) = +1.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated
 
@@ -93,6 +94,27 @@ def shared_additions(b: Tensor) -> tuple[list[tuple[int, int]], int]:
         closer = cost[row] < nearest
         nearest, from_row = torch.where(closer, cost[row], nearest), torch.where(closer, row, from_row)
     return made, additions
+
+
+def he_std(w: Tensor) -> Tensor:
+    """sqrt(2 / fan in), the standard deviation of He's starting weights; the mean |w| where pruning has hidden the fan in."""
+    return w.new_tensor(math.sqrt(2 / w[0].numel())) if w.dim() > 1 else w.abs().mean()
+
+
+SCALES = {"he_std": he_std, "mean_abs": lambda w: w.abs().mean(), "one": lambda w: w.new_ones(())}
+
+
+@quantizer("McDonnell 2018, Training wide residual networks for deployment using a single bit for each weight",
+           chapter="04")  # fmt: skip
+def single_bit_wrn(w, *, scale: Annotated[str, Pick(*SCALES)] = "he_std"):
+    """Single-bit wide residual networks (McDonnell).
+
+    w_b = sigma sign(w), sigma = sqrt(2 / fan in) of the layer: the spread of He's starting weights, a constant that nothing learns; the gradient of
+    w_b goes whole to w (survey 001, 2.2.1 (1) [60]). Behind a batch norm any sigma gives the same output, and only says how long a step is beside
+    the weight. The rest of the paper is the network's and the training's part: a wide residual net, batch norm without learned scale and shift, a
+    cosine rate with warm restarts. ``one`` is the plain sign, ``mean_abs`` that of binary-weight networks, of the layer.
+    """
+    return signs(w.reshape(1, -1), SCALES[scale](w.detach()).reshape(1, 1), w)
 
 
 def hashed(rows: Tensor, gram: Tensor, alternations: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ from ..core.clusters import Line
 from ..core.codes import Codes, Sum, nearest_level
 from ..core.knobs import Pick, Span, Switch, Weight
 from ..core.method import Training, quantizer
-from ..core.packed import Masked, State
+from ..core.packed import Masked, Packed, State
+from .prune import LogVariance, kl_log_uniform, log_alpha
 
 CODE_SETS = {"{+-1}": (-1, 1), "{0,+-1}": (-1, 0, 1), "{0,+-1,+-2}": (-2, -1, 0, 1, 2), "{0,+-1,+-2,+-4}": (-4, -2, -1, 0, 1, 2, 4)}
 
@@ -40,8 +41,56 @@ def scaled_set(v: Tensor, levels: Tensor, passes: int = 20) -> tuple[Tensor, Ten
     return alpha, index
 
 
+def latent_of(packed: Packed) -> Tensor:
+    """The float weights behind a packed value; of a pruned layer, those that are left."""
+    return getattr(packed, "codes", packed).values
+
+
+WINDOW = 0.375  # reach of a spike's pull in units of a: the paper's 0.075 for a = 0.2
+
+
+def kl_spikes(w: Tensor, log_sigma2: Tensor, spikes: Tensor, tau: Tensor | float) -> Tensor:
+    """KL of each weight's N(w, sigma^2) to a prior with spikes at 0 and at ``spikes``, up to a constant: near each, the log-uniform prior's about it.
+
+    sum_c Omega(w - c) F(w - c) + (1 - sum_c Omega(w - c)) F(w) over the spikes c but 0, Omega(x) = exp(-x^2 / (2 tau^2)), F of ``kl_log_uniform``.
+    """
+    off = w - spikes.reshape(-1, *[1] * w.dim())
+    pull = torch.exp(-(off / tau).square() / 2)
+    return (pull * kl_log_uniform(log_alpha(off, log_sigma2))).sum(0) + (1 - pull.sum(0)) * kl_log_uniform(log_alpha(w, log_sigma2))
+
+
+def _kl(packed, examples, *, kl_weight):
+    s, a = packed.state, packed.state["a"]
+    return kl_weight / examples * kl_spikes(latent_of(packed), s["log_sigma2"], torch.stack([-a, a]), WINDOW * a).sum()
+
+
+@quantizer("Achterhold, Koehler, Schmeink & Genewein 2018, Variational network quantization", chapter="04",
+           exempt={"idempotent": "the levels start at the size of the float weights, and rounding changes it"},
+           training=Training(penalty=_kl, variance=lambda packed: packed.state["log_sigma2"].exp()))  # fmt: skip
+def variational_network_quantization(
+    w, training=False, *, codebook_a: Annotated[float, Span(0.25, 4)] = 1.2, log_alpha_prune_threshold: Annotated[float, Span(0, 5)] = 2.0,
+    kl_weight: Weight = 1.0, log_sigma2: LogVariance = -10.0, state: State | None = None,
+):  # fmt: skip
+    """Variational network quantization (VNQ).
+
+    Each weight is noisy, w + sigma eps, with its own learned sigma; KL / N draws it to -a, 0 or a, where it may be noisier, a learned too. Afterwards
+    it becomes the nearest of the three, and 0 where log(sigma^2 / w^2) reaches ``log_alpha_prune_threshold`` (survey 001, 2.2.2 [69]). With one spike
+    at 0 it is ``sparse_variational_dropout``. The noise is sampled at the pre-activations. The windows that put the three parts of the KL together
+    are our reading of the paper. a starts at ``codebook_a`` root mean squares of the layer's weights; the paper's 0.2 is for its own networks.
+    """
+    if state is None:
+        size = w.detach().square().mean().sqrt()
+        state = {"a": nn.Parameter(codebook_a * torch.where(size > 0, size, 1)), "log_sigma2": nn.Parameter(torch.full_like(w, log_sigma2))}
+    if training:
+        return floats(w, state)
+    a = state["a"].abs()
+    noise = log_alpha(w, state["log_sigma2"]) >= log_alpha_prune_threshold
+    index = 1 + (w.sign() * ((w.abs() > a / 2) & ~noise)).long()
+    return Codes(w, index.reshape(1, -1), a.reshape(1, 1), 3, straight=False, state=state)
+
+
 def _distance(packed, *, rho):
-    w, s = getattr(packed, "codes", packed).values, packed.state  # of a pruned layer, what is left
+    w, s = latent_of(packed), packed.state
     return rho / 2 * (w - s["g"] + s["u"]).square().sum()
 
 

@@ -234,13 +234,14 @@ def kl_log_uniform(log_alpha: Tensor) -> Tensor:
     return 0.63576 * torch.sigmoid(-1.87320 - 1.48695 * log_alpha) + 0.5 * torch.nn.functional.softplus(-log_alpha)
 
 
-def _log_alpha(w: Tensor, log_sigma2: Tensor) -> Tensor:
+def log_alpha(w: Tensor, log_sigma2: Tensor) -> Tensor:
+    """log(sigma^2 / w^2) of each weight: how much of it is noise."""
     return log_sigma2 - (w**2 + 1e-16).log()
 
 
 def _vd_penalty(packed, examples, progress, *, kl_weight, warmup):
     weight = kl_weight * (1.0 if progress >= warmup else progress / warmup)
-    return weight / examples * kl_log_uniform(_log_alpha(packed.values, packed.state["log_sigma2"])).sum()
+    return weight / examples * kl_log_uniform(log_alpha(packed.values, packed.state["log_sigma2"])).sum()
 
 
 def _vd_variance(packed):
@@ -264,7 +265,7 @@ def sparse_variational_dropout(
     ``log_sigma2`` is where the noise starts; ``warmup`` is the share of training over which the KL term grows to ``kl_weight``.
     """
     state = state or {"log_sigma2": torch.nn.Parameter(torch.full_like(w, log_sigma2))}
-    stays = _log_alpha(w, state["log_sigma2"]) < threshold
+    stays = log_alpha(w, state["log_sigma2"]) < threshold
     return Masked(w, torch.ones_like(stays) if training else stays, state=state)
 
 

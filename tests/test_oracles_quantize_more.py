@@ -1,0 +1,163 @@
+"""What proves single-bit residual nets, variational network quantization, 8-bit training, Q-CNN, adaptive quantization and LBCNN right.
+
+A claim that does not hold stands here with its counter-example.
+"""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmlib.core.apply import attached, latent, penalty, plan_of
+from cmlib.core.method import call
+from cmlib.lab.train import evaluate, fit
+from cmlib.lab.verbs import compress
+from cmlib.lab.zoo import build
+from cmlib.methods import catalog, discrete
+from cmlib.methods.binary import he_std
+from cmlib.methods.prune import kl_log_uniform, log_alpha
+
+F64 = torch.float64
+
+MUTATIONS = [
+    ("single_bit_wrn", "cmlib/methods/binary.py", "math.sqrt(2 / w[0].numel())", "math.sqrt(2 / w[:, 0].numel())", "fan out for fan in"),
+    ("single_bit_wrn", "cmlib/methods/binary.py", "SCALES[scale](w.detach()).reshape(1, 1), w)", "SCALES[scale](w.detach()).reshape(1, 1), 2 * w)",
+     "twice the gradient"),
+    ("variational_network_quantization", "cmlib/methods/discrete.py", "torch.stack([-a, a])", "torch.stack([-2 * a, a])",
+     "the negative spike at -2a"),
+    ("variational_network_quantization", "cmlib/methods/discrete.py", "(1 - pull.sum(0)) * kl_log_uniform", "(1 + pull.sum(0)) * kl_log_uniform",
+     "the spike at 0 pulls most at the others"),
+]  # fmt: skip
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def codes(key, w, training=False, state=None, **knobs):
+    return call(catalog()[key].fn, {"w": w, "training": training}, {**knobs, "state": state})
+
+
+# single-bit residual nets
+
+
+def test_single_bit_wrn_has_two_values_that_training_never_scales(digits64):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10)).double()
+    copy = compress(model, "single_bit_wrn")
+    before = {n: p.dense() for n, p in plan_of(copy).items()}
+    fit(copy, digits64, epochs=1, lr=0.05)
+    for (name, packed), fan_in in zip(plan_of(copy).items(), (9, 216), strict=True):
+        sigma = math.sqrt(2 / fan_in)
+        assert torch.allclose(packed.dense().unique(), torch.tensor([-sigma, sigma], dtype=F64), rtol=1e-12)
+        assert not torch.equal(packed.dense(), before[name])
+        assert packed.bits() - 8 * packed.params.nbytes == 8 * math.ceil(packed.values.numel() / 8)  # a bit a weight
+
+
+def normed(z):
+    """Batch norm with eps = 0."""
+    return (z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), correction=0, keepdim=True)
+
+
+@pytest.mark.parametrize("factor", [0.01, 7.0])
+def test_single_bit_wrn_behind_a_batch_norm_any_scale_gives_the_same(factor):
+    x, w = normal(16, 3, 6, 6), codes("single_bit_wrn", normal(5, 3, 3, 3, seed=1)).dense()
+    one, other = (normed(F.conv2d(x, c * w)) for c in (1.0, factor))
+    assert torch.allclose(one, other, atol=1e-10)
+
+
+def test_single_bit_wrn_starts_with_the_spread_of_outputs_that_he_has():
+    ratios = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, w = torch.randn(64, 8, 8, 8, dtype=F64), torch.empty(64, 8, 3, 3, dtype=F64)
+        nn.init.kaiming_normal_(w)
+        ratios.append((F.conv2d(x, codes("single_bit_wrn", w).dense()).var() / F.conv2d(x, w).var()).item())
+    assert abs(sum(ratios) / len(ratios) - 1) < 0.05
+    assert torch.allclose(he_std(w), torch.tensor(math.sqrt(2 / 72), dtype=F64))
+
+
+def test_single_bit_wrn_passes_the_gradient_whole():
+    w = normal(4, 5).requires_grad_(True)
+    g = normal(4, 5, seed=1)
+    (codes("single_bit_wrn", w).dense() * g).sum().backward()
+    assert torch.equal(w.grad, g)
+
+
+def test_single_bit_wrn_other_scales():
+    w = normal(4, 5)
+    assert torch.equal(codes("single_bit_wrn", w, scale="one").dense(), w.sign())
+    assert torch.allclose(codes("single_bit_wrn", w, scale="mean_abs").dense(), w.abs().mean() * w.sign(), rtol=1e-12)
+    assert torch.allclose(codes("single_bit_wrn", w.flatten()).dense().abs(), w.abs().mean(), rtol=1e-12)  # pruned: the fan in is not known
+
+
+# variational network quantization
+
+
+def spikes(w, log_sigma2, a):
+    return discrete.kl_spikes(w, torch.full_like(w, log_sigma2), torch.tensor([-a, a], dtype=F64), discrete.WINDOW * a)
+
+
+def test_variational_network_quantization_with_one_spike_is_variational_dropout():
+    w, log_sigma2 = torch.linspace(-1, 1, 100, dtype=F64), torch.full((100,), -4.0, dtype=F64)
+    alone, far = (discrete.kl_spikes(w, log_sigma2, torch.tensor(at, dtype=F64), 0.1) for at in ([], [-50.0, 50.0]))
+    assert torch.allclose(alone, kl_log_uniform(log_alpha(w, log_sigma2)), rtol=1e-12) and torch.allclose(far, alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("log_sigma2", [-12.0, -9.0])
+def test_variational_network_quantization_rewards_each_code(log_sigma2):
+    w = torch.linspace(-0.4, 0.4, 4001, dtype=F64)
+    kl = spikes(w, log_sigma2, 0.2)
+    dips = w[1:-1][(kl[1:-1] < kl[:-2]) & (kl[1:-1] < kl[2:])]
+    assert len(dips) == 3 and torch.allclose(dips, torch.tensor([-0.2, 0.0, 0.2], dtype=F64), atol=1e-2)
+    assert torch.allclose(kl, kl.flip(0), rtol=1e-9)
+    assert torch.allclose(spikes(10 * w, log_sigma2 + 2 * math.log(10), 2.0), kl, rtol=1e-6)  # in any unit
+
+
+def test_variational_network_quantization_takes_the_nearest_code_and_zero_for_noise():
+    w = torch.tensor([[-0.9, -0.4, 0.1, 0.45, 0.55, 2.0]], dtype=F64)
+    state = {"a": nn.Parameter(torch.tensor(-1.0, dtype=F64)), "log_sigma2": torch.tensor([[-9.0, -9, -9, -9, -9, 4]], dtype=F64)}
+    found = codes("variational_network_quantization", w, state=state)
+    assert torch.equal(found.dense(), torch.tensor([[-1.0, 0, 0, 0, 1, 0]], dtype=F64))  # the sign of a is no matter
+    kept = codes("variational_network_quantization", w, state=state, log_alpha_prune_threshold=3.0)
+    assert kept.dense()[0, 5] == 1
+
+
+def test_variational_network_quantization_adds_its_kl_and_its_noise():
+    torch.manual_seed(0)
+    copy = compress(nn.Sequential(nn.Linear(6, 4)).double(), "variational_network_quantization", kl_weight=0.5, log_sigma2=-4.0).train()
+    (between,) = copy[0].parametrizations.weight
+    w, size = latent(copy[0]), latent(copy[0]).square().mean().sqrt()
+    a = between.a.detach()
+    assert torch.allclose(a, 1.2 * size)
+    assert torch.allclose(penalty(copy, 50, 0.0), 0.5 / 50 * discrete.kl_spikes(w, between.log_sigma2, a * torch.tensor([-1, 1]), 0.375 * a).sum())
+    x = normal(1, 6, seed=1)
+    with torch.no_grad():
+        z = copy(x.expand(20_000, 6))
+    assert torch.allclose(z.mean(0), F.linear(x, w, copy[0].bias)[0], atol=0.02)
+    assert torch.allclose(z.var(0), x.square().sum() * math.exp(-4) * torch.ones(4, dtype=F64), rtol=0.05)
+
+
+def drops(seed, digits64):
+    """What rounding costs in accuracy: with the KL, without it, and of the same net trained plainly and rounded as TWN rounds."""
+    torch.manual_seed(seed)
+    model = build("mlp", "digits").double()
+    fit(model, digits64, epochs=10, lr=0.02, batch=256, seed=seed, keep_best=False)
+    lost = []
+    for kl_weight in (1.0, 0.0):
+        copy = compress(model, "variational_network_quantization", kl_weight=kl_weight)
+        fit(copy, digits64, epochs=20, lr=6e-3, batch=256, seed=seed, keep_best=False)
+        plain = deepcopy(model)
+        for name, layer, _ in attached(copy):
+            plain.get_submodule(name).weight.data.copy_(latent(layer))
+            plain.get_submodule(name).bias.data.copy_(layer.bias)
+        lost.append(evaluate(plain, digits64) - evaluate(copy, digits64))
+    return [*lost, evaluate(plain, digits64) - evaluate(compress(plain, "ternary_weight_networks"), digits64)]
+
+
+def test_variational_network_quantization_rounds_at_less_cost_than_twn_thanks_to_its_kl(digits64):
+    with_kl, without, twn = torch.tensor([drops(seed, digits64) for seed in range(5)]).mean(0)
+    assert with_kl < 0.5 * without and with_kl < 0.5 * twn
