@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from cmlib.core.inputs import as_input, stratified
+from cmlib.core.packed import Masked
 from cmlib.core.sites import Affine, Steps, site_of
+from cmlib.core.wrapped import Sited
 from cmlib.lab.data import load_data
 from cmlib.lab.train import evaluate
 from cmlib.lab.verbs import compress, plan
@@ -225,6 +227,12 @@ COARSE = Affine(torch.tensor(0.5), torch.tensor(0.0), 4)
 SIGNS = Steps(torch.zeros(1), torch.tensor([-1.0, 1.0]), spread=True)
 
 
+def reading(**given):
+    """A plan of which only the rounded inputs are looked at."""
+    nothing = Masked(torch.zeros(1), torch.ones(1, dtype=torch.bool))
+    return {name: Sited(nothing, rounding) for name, rounding in given.items()}
+
+
 @pytest.mark.parametrize("given", [COARSE, SIGNS], ids=["affine", "signs with K"])
 @pytest.mark.parametrize("name", ["conv2", "fc"])
 def test_accuracy_with_rounded_inputs(digits, cnn_live, given, name):
@@ -238,8 +246,8 @@ def test_accuracy_with_rounded_inputs(digits, cnn_live, given, name):
         layer.register_forward_hook(lambda m, x, out: (out - bias) * spread(m, seen.pop()) + bias)
     with torch.no_grad():
         answers = model(as_input(digits.validation[0])).argmax(1)
-    assert torch.equal(cnn_live.answers({}, {name: given}), answers[cnn_live.order])
-    *_, (last, found) = cnn_live.estimates({}, {name: given})
+    assert torch.equal(cnn_live.answers({}, reading(**{name: given})), answers[cnn_live.order])
+    *_, (last, found) = cnn_live.estimates({}, reading(**{name: given}))
     assert last.exact and torch.equal(found, answers[cnn_live.order])
 
 
@@ -252,14 +260,14 @@ def spread(layer, x):
 
 
 def test_a_rounded_input_alone_keeps_what_lies_before_it(cnn_live):
-    tail, starts = cnn_live.tail({}, {"fc": COARSE})
+    tail, starts = cnn_live.tail({}, reading(fc=COARSE))
     assert starts is cnn_live.starts[8] and len(tail) == len(cnn_live.model) - 8
-    first, earlier = cnn_live.tail({"fc.weight": cnn_live.model.fc.weight}, {"conv2": COARSE})
+    first, earlier = cnn_live.tail({"fc.weight": cnn_live.model.fc.weight}, reading(conv2=COARSE))
     assert earlier is cnn_live.starts[3] and len(first) == len(cnn_live.model) - 3
 
 
 def test_rounding_ends_with_the_answer_also_when_nobody_waits_for_the_rest(cnn_live):
-    asked = cnn_live.batches({}, {"conv2": COARSE, "fc": SIGNS})
+    asked = cnn_live.batches({}, reading(conv2=COARSE, fc=SIGNS))
     next(asked)
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in cnn_live.model.modules()]
     assert all(site_of(m) is None for m in cnn_live.model.modules()) and not any(hooks) and not cnn_live.lock.locked()
