@@ -8,13 +8,16 @@ hidden tests never enter it), without outputs and without HTML that could act in
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import nbformat
-from nbconvert.preprocessors import SanitizeHTML
+from nbconvert.preprocessors.sanitize import SanitizeHTML
 from nbformat import NotebookNode
 from nbgrader import preprocessors as steps
 from nbgrader.api import Grade as Entry
@@ -38,9 +41,19 @@ def course_folder(url: str) -> Path:
     return Path(place.database).parent if place.get_backend_name() == "sqlite" and place.database else Path()
 
 
+@contextmanager
+def opened(url: str) -> Iterator[Gradebook]:
+    """The gradebook, made where there is none. For that nbgrader calls the program alembic, which may lie beside the interpreter alone."""
+    beside = str(Path(sys.executable).parent)
+    if not shutil.which("alembic"):
+        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), beside))
+    with Gradebook(url) as book:
+        yield book
+
+
 def register(url: str, exercise: str, source: Path) -> NotebookNode:
     """Make the exercise known to the gradebook, as ``nbgrader generate_assignment`` does; returns its student version."""
-    with Gradebook(url) as book:
+    with opened(url) as book:
         book.update_or_create_assignment(exercise)
     notebook, resources = nbformat.read(source, as_version=4), {"nbgrader": {"assignment": exercise, "notebook": exercise, "db_url": url}}
     for step in RELEASE + HIDE:
@@ -51,7 +64,7 @@ def register(url: str, exercise: str, source: Path) -> NotebookNode:
 def enter(url: str, rows: Iterable[Row], released: NotebookNode) -> Iterator[Row]:
     """Enter each grade and write its autograded copy; yields the rows as the gradebook has them then: a person's points come first."""
     answers = answer_cells(released)
-    with Gradebook(url) as book:
+    with opened(url) as book:
         for row in rows:
             if not row.grade or not row.known:
                 yield row
@@ -129,10 +142,7 @@ def write_copy(course: Path, submission: Submission, released: NotebookNode) -> 
     folder.mkdir(parents=True, exist_ok=True)
     place, text = folder / f"{submission.exercise}.ipynb", nbformat.writes(autograded(read(submission).cells, released))
     changed = not place.exists() or place.read_text("utf-8") != text
-    beside = {
-        "timestamp.txt": str(_time(submission) or ""),
-        "submission_secret.txt": secret(submission),
-    }  # for generate_feedback and release_feedback
+    beside = {"timestamp.txt": str(_time(submission) or ""), "submission_secret.txt": secret(submission)}  # nbgrader's feedback asks for them
     for name, content in {place.name: text, **beside}.items():
         if content:
             aside = folder / f".{name}.part"

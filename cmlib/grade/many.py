@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -71,9 +72,16 @@ def on_cluster(work: Work, todo: Sequence[Submission], *, address: str) -> Itera
     from distributed import as_completed as as_they_come
 
     with Client(address) as client:
-        futures = {client.submit(work, s, retries=RETRIES, pure=False): s for s in todo}
+        submit = partial(client.submit, work, retries=RETRIES, pure=False)
+        futures, failed = {submit(s): s for s in todo}, []
         for future in as_they_come(futures):
-            yield futures[future], _outcome(future)
+            outcome = _outcome(future)
+            if isinstance(outcome, Failure):
+                failed.append(futures[future])
+            else:
+                yield futures[future], outcome
+        for s in failed:  # Dask blames all that waited on a worker when it died, so that a killer takes its neighbours along: each once more, alone
+            yield s, _outcome(submit(s))
 
 
 def _again(work: Work, submission: Submission) -> Grade:

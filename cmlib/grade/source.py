@@ -15,7 +15,7 @@ _HIDDEN = re.compile(r"^[ \t]*### BEGIN HIDDEN TESTS.*?\n(.*?)^[ \t]*### END HID
 
 @dataclass(frozen=True)
 class Question:
-    """A graded cell. ``key`` is "2.3" where nbgrader's id is "q2.3"; ``hidden`` is the text of its hidden checks, empty where a person grades."""
+    """A graded cell. ``key`` is "2.3" where nbgrader's id (no dots) is "q2-3"; ``hidden`` is its hidden checks' text, empty where a person grades."""
 
     key: str
     cell: str
@@ -61,7 +61,7 @@ def _question(cell: dict[str, Any], nbgrader: dict[str, Any]) -> Question:
     if not nbgrader.get("points", 0) > 0:
         raise ValueError(f"{name}: no points")
     compile(hidden, name, "exec")
-    return Question(name.removeprefix("q"), name, nbgrader["points"], hidden, _released(text))
+    return Question(name.removeprefix("q").replace("-", "."), name, nbgrader["points"], hidden, _released(text))
 
 
 def _released(text: str) -> str:

@@ -51,10 +51,10 @@ def source():
         new_code_cell(FIRST),
         new_markdown_cell("# Small", metadata=_info("title", locked=True)),
         new_code_cell(_solved(DOUBLE), metadata=_info("double", solution=True)),
-        new_code_cell(DOUBLE_TESTS, metadata=_info("q9.1", points=3, locked=True)),
+        new_code_cell(DOUBLE_TESTS, metadata=_info("q9-1", points=3, locked=True)),
         new_code_cell(_solved(SHORTEST), metadata=_info("shortest", solution=True)),
-        new_code_cell(SHORTEST_TESTS, metadata=_info("q9.2", points=4, locked=True)),
-        new_markdown_cell(UNANSWERED, metadata=_info("q9.3", points=2, solution=True)),
+        new_code_cell(SHORTEST_TESTS, metadata=_info("q9-2", points=4, locked=True)),
+        new_markdown_cell(UNANSWERED, metadata=_info("q9-3", points=2, solution=True)),
     ]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     return new_notebook(cells=cells, metadata=kernel)
@@ -73,7 +73,7 @@ def answered(double=DOUBLE, shortest=SHORTEST, text=TEXT):
     notebook = source()
     for cell in notebook.cells:
         name = cell.metadata.get("nbgrader", {}).get("grade_id")
-        cell.source = {"double": double, "shortest": shortest, "q9.3": text, "q9.1": "", "q9.2": ""}.get(name, cell.source)
+        cell.source = {"double": double, "shortest": shortest, "q9-3": text, "q9-1": "", "q9-2": ""}.get(name, cell.source)
     return notebook
 
 

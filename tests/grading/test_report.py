@@ -20,9 +20,9 @@ WRONG = Part("nothing in, nothing out", 1, False, "raised ValueError: <script>al
 
 def grade(student="anna", free=None, notes=(), figure=2.0):
     marks = (
-        Mark("9.1", "q9.1", 2.0, 3, (RIGHT, WRONG)),
-        Mark("9.2", "q9.2", 4 / 3, 4, (), {"bytes": figure}),
-        Mark("9.3", "q9.3", free, 2, text="Because <b>"),
+        Mark("9.1", "q9-1", 2.0, 3, (RIGHT, WRONG)),
+        Mark("9.2", "q9-2", 4 / 3, 4, (), {"bytes": figure}),
+        Mark("9.3", "q9-3", free, 2, text="Because <b>"),
     )
     return Grade(student, "small", marks, notes, "digest", 0.5)
 
@@ -149,7 +149,7 @@ def test_a_page_is_self_contained_and_accessible():
 def test_no_text_of_a_submission_acts_on_the_page(place):
     evil = '<img src=x onerror="alert(1)">'
     text = {key: evil if key == place else "plain" for key in ("student", "says", "reason", "note", "figure", "comment")}
-    mark = Mark("9.1", "q9.1", 0.0, 3, (Part(text["says"], 1, False, text["reason"]),), {text["figure"]: 1.0})
+    mark = Mark("9.1", "q9-1", 0.0, 3, (Part(text["says"], 1, False, text["reason"]),), {text["figure"]: 1.0})
     row = Row(Student(text["student"]), "small", 3, Grade("x", "small", (mark,), (text["note"],), "d", 0.0), comments={"9.1": text["comment"]})
     page = feedback_html([row])
     assert evil not in page and "&lt;img" in page
