@@ -117,25 +117,37 @@ def single_bit_wrn(w, *, scale: Annotated[str, Pick(*SCALES)] = "he_std"):
     return signs(w.reshape(1, -1), SCALES[scale](w.detach()).reshape(1, 1), w)
 
 
+def best_scale(target: Tensor, gram: Tensor, b: Tensor, otherwise: Tensor) -> Tensor:
+    """The alpha (groups, filters, 1) of least alpha^2 b^T gram b - 2 alpha target^T b; ``otherwise`` where b shows nothing."""
+    size = (b @ gram * b).sum(2, keepdim=True)
+    return torch.where(size > 0, (target * b).sum(2, keepdim=True) / size, otherwise)
+
+
+def swept(target: Tensor, gram: Tensor, b: Tensor, alpha: Tensor, levels: Tensor) -> Tensor:
+    """b with each entry in turn, for what else there is, the level of least alpha^2 b^T gram b - 2 alpha target^T b; where none is better, as it was.
+
+    target and b (groups, filters, k), gram (groups, k, k), alpha (groups, filters, 1), levels (count,).
+    """
+    b = b.clone()
+    for j in range(b.shape[2]):
+        now, own = b[:, :, j : j + 1], gram[:, j : j + 1, j : j + 1]
+        wanted = target[:, :, j : j + 1] - alpha * (b @ gram[:, :, j : j + 1] - now * own)
+        change = alpha * (levels - now) * (alpha * own * (levels + now) - 2 * wanted)
+        best = change.min(2, keepdim=True)
+        b[:, :, j : j + 1] = torch.where(best.values < 0, levels[best.indices], now)
+    return b
+
+
 def hashed(rows: Tensor, gram: Tensor, alternations: int) -> tuple[Tensor, Tensor]:
     """Signs b and scales alpha of least (w - alpha b)^T gram (w - alpha b), each in turn the best for what else there is.
 
     rows (groups, filters, k), gram (groups, k, k) -> b (groups, filters, k), alpha (groups, filters, 1); from sign(w) on, one entry after another.
     """
-    target, b = rows @ gram, sign_term(rows, 2)[1]
-
-    def scale() -> Tensor:
-        size = (b @ gram * b).sum(2, keepdim=True)
-        return torch.where(size > 0, (target * b).sum(2, keepdim=True) / size, rows.abs().mean(2, keepdim=True))
-
-    alpha = scale()
+    target, mean, b = rows @ gram, rows.abs().mean(2, keepdim=True), sign_term(rows, 2)[1]
+    alpha = best_scale(target, gram, b, mean)
     for _ in range(alternations):
-        last = b.clone()
-        for j in range(rows.shape[2]):
-            others = b @ gram[:, :, j : j + 1] - b[:, :, j : j + 1] * gram[:, j : j + 1, j : j + 1]
-            pull = alpha * (target[:, :, j : j + 1] - alpha * others)
-            b[:, :, j : j + 1] = torch.where(pull == 0, b[:, :, j : j + 1], sign_term(pull, 2)[1])
-        alpha = scale()
+        last, b = b, swept(target, gram, b, alpha, torch.tensor([-1.0, 1.0]).to(b))
+        alpha = best_scale(target, gram, b, mean)
         if torch.equal(b, last):
             break
     return b, alpha

@@ -7,7 +7,6 @@ sections are of the 2020 survey, 001.)
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -15,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.clusters import Line
-from ..core.codes import Codes, Sum, nearest_level
+from ..core.codes import Codes, nearest_level
 from ..core.knobs import Pick, Span, Switch, Weight
 from ..core.method import Training, quantizer
 from ..core.packed import Masked, Packed, State
+from ..core.splitting import pull, split
+from .grids import partly
 from .prune import LogVariance, kl_log_uniform, log_alpha
 
 CODE_SETS = {"{+-1}": (-1, 1), "{0,+-1}": (-1, 0, 1), "{0,+-1,+-2}": (-2, -1, 0, 1, 2), "{0,+-1,+-2,+-4}": (-4, -2, -1, 0, 1, 2, 4)}
@@ -39,6 +40,12 @@ def scaled_set(v: Tensor, levels: Tensor, passes: int = 20) -> tuple[Tensor, Ten
         if torch.equal(index, last):
             break
     return alpha, index
+
+
+def nearest_scaled(v: Tensor, levels: Tensor) -> Tensor:
+    """The alpha q that ``scaled_set`` finds for v."""
+    alpha, index = scaled_set(v, levels)
+    return alpha * levels[index]
 
 
 def latent_of(packed: Packed) -> Tensor:
@@ -90,8 +97,7 @@ def variational_network_quantization(
 
 
 def _distance(packed, *, rho):
-    w, s = latent_of(packed), packed.state
-    return rho / 2 * (w - s["g"] + s["u"]).square().sum()
+    return pull(latent_of(packed), packed.state["g"], packed.state["u"], rho)
 
 
 @quantizer("Leng, Dou, Li, Zhu & Jin 2018, Extremely low bit neural network: squeeze the last bit out with ADMM",
@@ -109,15 +115,13 @@ def admm_low_bit(
     that the first leads to; here the optimizer is any.
     """
     levels = torch.tensor(CODE_SETS[code_set]).to(w)
-    state = state or {"g": None, "u": torch.zeros_like(w), "steps": 0}
-    steps, u, g = state["steps"] + training, state["u"], state["g"]
-    alpha, index = scaled_set(w.detach() + u, levels)
-    if g is None or (training and steps % steps_per_iteration == 0):
-        g = alpha * levels[index]
-        u = u + w.detach() - g if training else u
-    state = {"g": g, "u": u, "steps": steps}
+    state = state or {"g": nearest_scaled(w.detach(), levels), "u": torch.zeros_like(w), "steps": 0}
     if training:
+        state = {**state, "steps": state["steps"] + 1}
+        if state["steps"] % steps_per_iteration == 0:
+            state["g"], state["u"] = split(w.detach(), state["g"], state["u"], lambda v: nearest_scaled(v, levels))
         return floats(w, state)
+    alpha, index = scaled_set(w.detach() + state["u"], levels)
     return Codes(w, index.reshape(1, -1), (alpha * levels)[None], len(levels), "table", state=state)
 
 
@@ -245,6 +249,4 @@ def slq(
         index, stays = state["index"].masked_scatter(~frozen, number[own]), frozen.masked_scatter(~frozen, taken)
         state = {"levels": levels, "index": index, "frozen": stays, "done": done + due}
     codes = Codes(w, state["index"][None], state["levels"], k, "table", straight=False)  # the last level is 0 until all are taken
-    if state["frozen"].all():
-        return replace(codes, state=state)
-    return Sum(w, (codes, Masked(w, ~state["frozen"].reshape(w.shape))), state=state)
+    return partly(codes, state)

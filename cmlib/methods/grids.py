@@ -45,11 +45,32 @@ def power_codes(w: Tensor, exponent: float, sizes: int) -> Tensor:
     return sizes + torch.bucketize(w.abs(), middles, right=True) * torch.where(w < 0, -1, 1)
 
 
+PARTITIONS = ("pruning_inspired", "random")
+
+
+def taken(flat: Tensor, state: State, portion: float, partition: str, index: Callable[[Tensor], Tensor]) -> State:
+    """``state`` with a ``portion`` of all weights ``frozen``, the largest first or by chance; those that come in now at the level ``index`` says."""
+    due = max(0, round(portion * len(flat)) - int(state["frozen"].sum()))
+    if not due:
+        return state
+    worth = flat.abs() if partition == "pruning_inspired" else torch.rand(len(flat), generator=torch.Generator().manual_seed(0)).to(flat)
+    new = highest(worth.masked_fill(state["frozen"], -1), due)
+    return {**state, "frozen": state["frozen"] | new, "index": torch.where(new, index(flat), state["index"])}
+
+
+def partly(codes: Codes, state: State) -> Codes | Sum:
+    """The codes of what is ``frozen``, and the float weights of the rest, whose level must be 0."""
+    if state["frozen"].all():
+        return replace(codes, state=state)
+    w = codes.values
+    return Sum(w, (codes, Masked(w, ~state["frozen"].reshape(w.shape))), state=state)
+
+
 @quantizer("Zhou, Yao, Guo, Xu & Chen 2017, Incremental network quantization: towards lossless CNNs with low-precision weights",
            chapter="04", exempt={"trains": "with a portion of 1 every weight is rounded at once, and stays"})  # fmt: skip
 def inq(
     w, *, bits: Annotated[int, Span(2, 8, integer=True)] = 5, portion: Weight = 1.0,
-    partition: Annotated[str, Pick("pruning_inspired", "random")] = "pruning_inspired", state: State | None = None,
+    partition: Annotated[str, Pick(*PARTITIONS)] = PARTITIONS[0], state: State | None = None,
 ):  # fmt: skip
     """Incremental network quantization (INQ).
 
@@ -62,28 +83,20 @@ def inq(
     if state is None:
         exponent = flat.new_tensor([[math.frexp(4 * flat.abs().max().item() / 3)[1] - 1.0]])  # frexp: exact where log2 is not
         state = {"exponent": exponent, "frozen": torch.zeros_like(flat, dtype=torch.bool), "index": torch.full_like(flat, sizes, dtype=torch.long)}
-    due = max(0, round(portion * len(flat)) - int(state["frozen"].sum()))
-    if due:
-        worth = flat.abs() if partition == "pruning_inspired" else torch.rand(len(flat), generator=torch.Generator().manual_seed(0)).to(flat)
-        new = highest(worth.masked_fill(state["frozen"], -1), due)
-        index = torch.where(new, power_codes(flat, state["exponent"].item(), sizes), state["index"])
-        state = {**state, "frozen": state["frozen"] | new, "index": index}
-    codes = Codes(w, state["index"][None], state["exponent"], 2 * sizes + 1, "powers", straight=False)
-    if state["frozen"].all():
-        return replace(codes, state=state)
-    return Sum(w, (codes, Masked(w, ~state["frozen"].reshape(w.shape))), state=state)
+    state = taken(flat, state, portion, partition, lambda v: power_codes(v, state["exponent"].item(), sizes))
+    return partly(Codes(w, state["index"][None], state["exponent"], 2 * sizes + 1, "powers", straight=False), state)
 
 
 @lru_cache
-def half_gaussian(count: int, first: float = 1.0, free: bool = False) -> tuple[float, ...]:
-    """The ``count`` levels of least mean squared error for the positive half of a normal variable of variance 1.
+def half_gaussian(count: int, first: float = 1.0, free: bool = False, start: float = 0.0) -> tuple[float, ...]:
+    """The ``count`` levels of least mean squared error for what of a normal variable of variance 1 is above ``start``.
 
-    Multiples ``first``, first + 1, ... of one step, or ``free`` ones (Lloyd). Cells end halfway between levels, the first begins at 0.
+    Multiples ``first``, first + 1, ... of one step, or ``free`` ones (Lloyd). Cells end halfway between levels, the first begins at ``start``.
     """
     multiples = first + torch.arange(count, dtype=torch.float64)
 
     def better(q: Tensor) -> Tensor:  # the best levels for the cells of q
-        edges = torch.cat([q.new_zeros(1), (q[1:] + q[:-1]) / 2, q.new_full((1,), math.inf)])
+        edges = torch.cat([q.new_zeros(1), (q[1:] + q[:-1]) / 2, q.new_full((1,), math.inf)]).clamp(min=start)
         mass, mean = torch.special.ndtr(edges).diff(), -torch.exp(-(edges**2) / 2).diff() / math.sqrt(2 * math.pi)  # of the cells: P, E[x]
         return mean / mass if free else multiples * (multiples @ mean) / (multiples**2 @ mass)
 
@@ -117,22 +130,30 @@ def vanilla_relu(x: Tensor, top: float, unit: float) -> Tensor:
 SLOPES: dict[str, Callable[[Tensor, float, float], Tensor]] = {f.__name__: f for f in (clipped_relu, log_tailed, vanilla_relu)}
 
 
-def _half_wave(
+def half_levels(unit: Tensor, bits: int, start: float = 0.0, free: bool = False) -> tuple[Tensor, Tensor]:
+    """(thresholds, levels) of 0 and the 2^bits - 1 levels of ``half_gaussian``, in units of ``unit``: what is above ``start`` is at least q_1."""
+    q = unit.new_tensor(half_gaussian((1 << bits) - 1, free=free, start=start)) * unit
+    first = (start * unit).reshape(1).clamp(min=torch.finfo(q.dtype).tiny)
+    return torch.cat([first, torch.maximum((q[1:] + q[:-1]) / 2, first)]), torch.cat([q.new_zeros(1), q])
+
+
+def half_wave(x: Tensor, bits: int, state: State | None, start: float = 0.0, backward: str = "clipped_relu", free: bool = False) -> Steps:
+    """Inputs by ``half_levels``; the unit is the root mean square of those above 0, the half wave, averaged over the last few batches."""
+    power = x.clamp(min=0).square().sum() / (x > 0).sum().clamp(min=1)
+    power = (state["power"] + power) / 2 if state else power
+    unit = power.sqrt() if power > 0 else torch.ones_like(power)
+    thresholds, q = half_levels(unit, bits, start, free)
+    return Steps(thresholds, q, partial(SLOPES[backward], top=q[-1].item(), unit=unit.item()), state={"power": power})
+
+
+def _hwgq_inputs(
     x, *, a_bits: WideBits = 2, levels: Annotated[str, Pick("uniform", "lloyd")] = "uniform",
     backward: Annotated[str, Pick(*SLOPES)] = "clipped_relu", state: State | None = None,
 ):  # fmt: skip
-    if a_bits > FEW:
-        return None
-    power = x.clamp(min=0).square().sum() / (x > 0).sum().clamp(min=1)  # of the half wave, whose negative half is not there
-    power = (state["power"] + power) / 2 if state else power
-    unit = power.sqrt() if power > 0 else torch.ones_like(power)
-    q = x.new_tensor(half_gaussian((1 << a_bits) - 1, free=levels == "lloyd")) * unit
-    thresholds = torch.cat([q.new_full((1,), torch.finfo(q.dtype).tiny), (q[1:] + q[:-1]) / 2])  # all that is above 0 is at least q_1
-    slope = partial(SLOPES[backward], top=q[-1].item(), unit=unit.item())
-    return Steps(thresholds, torch.cat([q.new_zeros(1), q]), slope, state={"power": power})
+    return half_wave(x, a_bits, state, backward=backward, free=levels == "lloyd") if a_bits <= FEW else None
 
 
-@quantizer("Cai, He, Sun & Vasconcelos 2017, Deep learning with low precision by half-wave Gaussian quantization", chapter="04", acts=_half_wave)
+@quantizer("Cai, He, Sun & Vasconcelos 2017, Deep learning with low precision by half-wave Gaussian quantization", chapter="04", acts=_hwgq_inputs)
 def hwgq(w, *, binarize_weights: Switch = "on"):
     """Half-wave Gaussian quantization (HWGQ).
 
@@ -194,7 +215,7 @@ def stochastic_rounding_fixed_point(
     return Codes(w, q.long().reshape(1, -1) + half, w.new_tensor([[2.0**-fractional_bits, half]]), 1 << word_bits)
 
 
-def _ranges(x, *, a_bits: WideBits = 8, ema_decay: Average = 0.99, state: State | None = None):
+def ranges(x, *, a_bits: WideBits = 8, ema_decay: Average = 0.99, state: State | None = None):
     if a_bits > MANY:
         return None
     low, high = x.aminmax()
@@ -204,7 +225,7 @@ def _ranges(x, *, a_bits: WideBits = 8, ema_decay: Average = 0.99, state: State 
 
 
 @quantizer("Jacob et al. 2018, Quantization and training of neural networks for efficient integer-arithmetic-only inference",
-           chapter="04", acts=_ranges)  # fmt: skip
+           chapter="04", acts=ranges)  # fmt: skip
 def integer_only_quantization(w, *, bits: Annotated[int, Span(2, 8, integer=True)] = 8, per: Per = "tensor"):
     """Integer-arithmetic-only inference.
 

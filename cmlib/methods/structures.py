@@ -18,6 +18,7 @@ from ..core.knobs import Keep, Penalty, Pick, Span, Steps
 from ..core.method import Training, score
 from ..core.packed import Masked, State
 from ..core.select import select
+from ..core.splitting import pull, split
 
 Norm = Annotated[int, Span(1, 2, integer=True)]
 Switch = Annotated[str, Pick("on", "off")]
@@ -249,9 +250,13 @@ RIDGE = 1e-9  # relative to the mean diagonal of X^T X / N
 
 def least_squares(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     """argmin ||y - x W||^2 / N, (inputs, outputs), float64; where x leaves W open, a small ridge has it stay as it was, ``w``."""
-    gram = x.T @ x / len(x)
+    return normal_equations(x.T @ x / len(x), x.T @ y / len(x), w)
+
+
+def normal_equations(gram: Tensor, target: Tensor, w: Tensor) -> Tensor:
+    """The W of gram W = target, (inputs, outputs); where the gram matrix leaves it open, a small ridge has it stay near ``w``."""
     ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    return torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), x.T @ y / len(x) + ridge * w)
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), target + ridge * w)
 
 
 def _refitted(rows, next_acts_in, next_w):
@@ -301,7 +306,7 @@ def nearest(w: Tensor, keep: float, constraint: str = "weight") -> Tensor:
 
 def _pull(packed):
     s = packed.state
-    return s["rho"] / 2 * (packed.values - s["z"] + s["u"]).square().sum()
+    return pull(packed.values, s["z"], s["u"], s["rho"])
 
 
 Growth = Annotated[float, Span(1, 4)]
@@ -325,7 +330,7 @@ def admm_weight_pruning(
         return Masked(w, survivors(w, keep, constraint), state=state)
     state = {**state, "step": state["step"] + 1}
     if every and state["step"] % every == 0:
-        moved = w.detach() + state["u"]
-        z, higher = nearest(moved, keep, constraint), min(state["rho"] * growth, max(HIGHEST, state["rho"]))
-        state |= {"z": z, "u": (moved - z) * (state["rho"] / higher), "rho": higher}
+        z, u = split(w.detach(), state["z"], state["u"], lambda v: nearest(v, keep, constraint))
+        higher = min(state["rho"] * growth, max(HIGHEST, state["rho"]))
+        state |= {"z": z, "u": u * (state["rho"] / higher), "rho": higher}
     return Masked(w, torch.ones_like(w, dtype=torch.bool), state=state)
