@@ -13,10 +13,11 @@ from torch import nn
 
 from cmlib.core.apply import attached, latent, penalty, plan_of
 from cmlib.core.method import call
+from cmlib.lab.nets import range_normed
 from cmlib.lab.train import evaluate, fit
 from cmlib.lab.verbs import compress
 from cmlib.lab.zoo import build
-from cmlib.methods import catalog, discrete
+from cmlib.methods import catalog, discrete, formats
 from cmlib.methods.binary import he_std
 from cmlib.methods.prune import kl_log_uniform, log_alpha
 
@@ -30,6 +31,12 @@ MUTATIONS = [
      "the negative spike at -2a"),
     ("variational_network_quantization", "cmlib/methods/discrete.py", "(1 - pull.sum(0)) * kl_log_uniform", "(1 + pull.sum(0)) * kl_log_uniform",
      "the spike at 0 pulls most at the others"),
+    ("scalable_8bit_training", "cmlib/core/sites.py", 'ctx.site.weight_errors({"g": g, "rounded": rounded}), down', "rounded, down",
+     "the weights' gradient of the 8-bit copy too"),
+    ("scalable_8bit_training", "cmlib/methods/formats.py", "(g / step + torch.rand_like(g)).floor()", "(g / step + 0.7 * torch.rand_like(g)).floor()",
+     "rounded down more often than up"),
+    ("scalable_8bit_training", "cmlib/methods/formats.py", "(2 * math.sqrt(2 * math.log(max(len(p), 2))))", "math.sqrt(2 * math.log(max(len(p), 2)))",
+     "C(n) twice as large"),
 ]  # fmt: skip
 
 
@@ -161,3 +168,139 @@ def drops(seed, digits64):
 def test_variational_network_quantization_rounds_at_less_cost_than_twn_thanks_to_its_kl(digits64):
     with_kl, without, twn = torch.tensor([drops(seed, digits64) for seed in range(5)]).mean(0)
     assert with_kl < 0.5 * without and with_kl < 0.5 * twn
+
+
+# 8-bit training
+
+
+def test_scalable_8bit_training_range_is_a_slow_stand_in_for_the_deviation_on_the_mean_of_draws():
+    torch.manual_seed(0)
+    found, single = [], []
+    for n in (64, 512, 1024, 8192):
+        x = torch.randn(n, 200, dtype=F64)
+        ratio = formats.range_scale(x) / x.std(0)
+        found.append(ratio.mean().item())
+        single += [ratio.min().item(), ratio.max().item()] if n == 64 else []
+    assert all(0.78 <= r <= 1 for r in found) and found == sorted(found)
+    assert torch.allclose(torch.tensor(found), torch.tensor([0.83, 0.87, 0.87, 0.89]), atol=0.015)
+    assert single[0] < 0.7 and single[1] > 1.0  # of one draw neither bound holds
+    x = torch.tensor([[0.0], [1.0], [5.0], [2.0]], dtype=F64)
+    assert math.isclose(formats.range_scale(x).item(), 5 / (2 * math.sqrt(2 * math.log(4))))
+    assert math.isclose(formats.range_scale(x, 2).item(), (1 + 3) / 2 / (2 * math.sqrt(2 * math.log(2))))
+
+
+def ranged(dims=2):
+    model = nn.Sequential(nn.Conv2d(2, 3, 1) if dims == 2 else nn.Linear(2, 3), nn.BatchNorm2d(3) if dims == 2 else nn.BatchNorm1d(3)).double()
+    return range_normed(model)[1].train()
+
+
+def test_scalable_8bit_training_range_norm_forgets_scale_and_shift():
+    norm, x = ranged(), normal(8, 3, 4, 4)
+    norm.eps = 0.0
+    assert torch.allclose(norm(3.7 * x - 2), norm(x), atol=1e-10) and torch.allclose(norm(x).mean((0, 2, 3)), torch.zeros(3, dtype=F64), atol=1e-12)
+    size = (x.amax((0, 2, 3)) - x.amin((0, 2, 3))) / (2 * math.sqrt(2 * math.log(128)))
+    assert torch.allclose(norm(x), (x - x.mean((0, 2, 3), keepdim=True)) / size.reshape(1, 3, 1, 1))
+
+
+def test_scalable_8bit_training_range_norm_gradients_are_finite_differences():
+    norm, x = ranged(1), normal(7, 3).requires_grad_(True)
+    assert torch.autograd.gradcheck(norm, (x,))
+    size = formats.range_scale(x)
+    (g,) = torch.autograd.grad(size.sum(), x)
+    assert (g != 0).sum() == 6 and (g.argmax(0) == x.argmax(0)).all() and (g.argmin(0) == x.argmin(0)).all()
+
+
+def test_scalable_8bit_training_range_norm_in_evaluation_is_a_batch_norm_of_its_running_sizes():
+    norm, x = ranged(), normal(8, 3, 4, 4)
+    norm.momentum = 1.0
+    seen = norm(x)
+    common = nn.BatchNorm2d(3).double().eval()
+    common.load_state_dict(norm.state_dict())
+    assert torch.allclose(norm.eval()(x), seen) and torch.allclose(common(x), seen) and norm.num_batches_tracked == 1
+
+
+class Fixed(torch.autograd.Function):
+    """A layer's output, given a gradient that is not round."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return normal(5, 4, seed=9)
+
+
+def gradients(layer, x):
+    """(of the input, of the weight, of the bias)"""
+    x = x.clone().requires_grad_(True)
+    for p in layer.parameters():
+        p.grad = None
+    Fixed.apply(layer(x)).backward()
+    w = latent(layer) if hasattr(layer, "parametrizations") else layer.weight
+    return x.grad, w.grad, layer.bias.grad
+
+
+def eight_bits(**knobs):
+    """A dense layer with float weights that reads float inputs, its gradients rounded."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4)).double()
+    layer = compress(model, "scalable_8bit_training", where="1", bits=16, a_bits=32, **knobs).train()[1]
+    return layer, layer.weight.detach()
+
+
+def rounded(g, bits, seed):
+    torch.manual_seed(seed)
+    return formats.stochastic(g, bits)
+
+
+def test_scalable_8bit_training_forks_the_gradient():
+    x, g = normal(5, 3), normal(5, 4, seed=9)
+    layer, w = eight_bits()
+    torch.manual_seed(3)
+    dx, dw, db = gradients(layer, x)
+    torch.manual_seed(3)
+    down, across = formats.stochastic(g, 8), formats.stochastic(g, 16)
+    assert torch.allclose(dx, down @ w, atol=1e-14) and torch.allclose(dw, across.T @ x, atol=1e-14) and torch.allclose(db, across.sum(0))
+    assert not torch.allclose(down, across, atol=1e-4)
+    layer, w = eight_bits(bifurcation="off")
+    torch.manual_seed(3)
+    dx, dw, _ = gradients(layer, x)
+    assert torch.allclose(dx, down @ w, atol=1e-14) and torch.allclose(dw, down.T @ x, atol=1e-14)
+    layer, w = eight_bits(g_bits=32)
+    dx, dw, _ = gradients(layer, x)
+    assert torch.allclose(dx, g @ w, atol=1e-14) and torch.allclose(dw, g.T @ x, atol=1e-14)
+
+
+def test_scalable_8bit_training_forks_behind_a_convolution_and_through_the_network(digits64):
+    torch.manual_seed(0)
+    parts = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=1.0), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10)
+    model = range_normed(nn.Sequential(*parts)).double().train()
+    model(digits64[0])  # ranges of inputs are read in evaluation
+    copy = compress(model, "scalable_8bit_training", data=digits64, bits=16, a_bits=16, g_bits=16).train()
+    x, y = digits64[0][:64], digits64[1][:64]
+    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(copy(x), y).backward()
+    for name, layer, _ in attached(copy):
+        assert torch.allclose(latent(layer).grad, model.get_submodule(name).weight.grad, atol=2e-4)  # of 16 bits, nearly backpropagation
+    assert torch.allclose(copy[1].weight.grad, model[1].weight.grad, atol=2e-4)
+    small = compress(model, "scalable_8bit_training", data=digits64)
+    fit(small, digits64, epochs=3, lr=0.01, batch=64)
+    assert evaluate(small, digits64) > 0.85
+
+
+def test_scalable_8bit_training_rounds_gradients_right_on_average_and_zero_to_zero():
+    torch.manual_seed(0)
+    g = torch.cat([normal(50), torch.zeros(3, dtype=F64)])
+    found = torch.stack([formats.stochastic(g, 4) for _ in range(4000)])
+    step = g.abs().max() / 7
+    assert ((found.mean(0) - g).abs() <= 4 * (step / 2) / 4000**0.5).all() and not found[:, -3:].any()
+    assert torch.allclose(found / step, (found / step).round(), atol=1e-9) and found.abs().max() <= g.abs().max() * (1 + 1e-12)
+    assert not formats.stochastic(torch.zeros(4), 8).any()
+
+
+def test_scalable_8bit_training_the_sign_keeps_the_angle():
+    x = normal(200_000)
+    assert math.isclose(F.cosine_similarity(x, x.sign(), dim=0).item(), math.sqrt(2 / math.pi), abs_tol=3e-3)
+    near = [F.cosine_similarity(x, formats.stochastic(x, bits), dim=0).item() for bits in (2, 4, 8)]
+    assert near == sorted(near) and near[-1] > 0.999

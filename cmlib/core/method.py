@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,8 +54,9 @@ class Method:
     the weights that stay; ``rebuild(rows, <evidence>, **knobs)`` gives the next layer's weight, shaped as ``next_w``, for the channels
     ``rows`` that stay. ``training`` is what it wants of training. ``filters(**knobs)``: whether a method that makes its own masks removes
     filters whole. ``acts([x, training], **knobs)``: what a quantizer rounds the layers' inputs to (``cmlib.core.sites``), None to leave them
-    alone; ``errors(g, **knobs)``: the rounded gradient at the layers' outputs; ``saves(x, **knobs)``: what training keeps of the inputs to work out
-    the weights' gradient from, which alone changes; the knobs of all three join the method's. ``exempt`` names laws that it
+    alone; ``errors(g, **knobs)``: the rounded gradient at the layers' outputs; ``weight_errors(g, rounded, **knobs)``: what the weights' gradient
+    is worked out from where that is not ``rounded``, which ``errors`` gave; ``saves(x, **knobs)``: what training keeps of the inputs to work out
+    the weights' gradient from, which alone changes; the knobs of all four join the method's. ``exempt`` names laws that it
     cannot meet, with the reason.
     """
 
@@ -70,6 +71,7 @@ class Method:
     filters: Callable[..., bool] | None = None
     acts: Callable | None = None
     errors: Callable | None = None
+    weight_errors: Callable | None = None
     saves: Callable | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
@@ -125,7 +127,7 @@ class Method:
     @cached_property
     def companions(self) -> tuple[Callable, ...]:
         """The function, and those that round what its layers read, keep and get back."""
-        return tuple(fn for fn in (self.fn, self.acts, self.errors, self.saves) if fn is not None)
+        return tuple(fn for fn in (self.fn, self.acts, self.errors, self.weight_errors, self.saves) if fn is not None)
 
     @cached_property
     def own_knobs(self) -> dict[str, Knob]:
@@ -145,7 +147,7 @@ class Method:
 
 def _kind(kind: str) -> Callable[..., Callable[[Callable], Method]]:
     def decorator(paper: str, *, chapter: str, **how: Any) -> Callable[[Callable], Method]:
-        settings = {k: how.pop(k) for k in ("joint", "repair", "rebuild", "training", "filters", "acts", "errors", "saves", "exempt") if k in how}
+        settings = {f.name: how.pop(f.name) for f in fields(Method) if f.name in how}
         return lambda fn: Method(fn, kind, paper, chapter, defaults=how, **settings)
 
     decorator.__name__ = kind

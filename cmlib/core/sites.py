@@ -225,7 +225,8 @@ class Site(nn.Module):
         self.method = method if given is not None and method is not None and method.follows else None
         self.errors = partial(call, method.errors, knobs=self.knobs) if rounds_gradients(method, self.knobs) else None
         self.saves = partial(call, method.saves, knobs=self.knobs) if method is not None and method.saves is not None else None
-        self.keeping = None  # open while the layer runs
+        self.weight_errors = partial(call, method.weight_errors, knobs=self.knobs) if self.errors is not None and method.weight_errors else None
+        self.keeping = self.forked = None  # while the layer runs
 
     @property
     def input(self) -> Input | None:
@@ -297,6 +298,9 @@ def _before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     given = site.input
     site.read = inputs[0] if given is not None and (given.spread or given.order) else None
     read = inputs[0] if given is not None and given.order else site(inputs[0])
+    if site.weight_errors is not None and site.training and torch.is_grad_enabled():
+        site.forked = read, read.detach().requires_grad_(read.requires_grad)
+        read = site.forked[1]
     if site.saves is not None and site.training and torch.is_grad_enabled():
         site.keeping = kept_as(read, site.saves)
         site.keeping.__enter__()
@@ -308,6 +312,7 @@ def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
     if site.keeping is not None:
         site.keeping.__exit__()
         site.keeping = None
+    forked, site.forked = site.forked, None
     if out is None:  # the layer failed
         return None
     if site.read is not None:
@@ -317,6 +322,8 @@ def _after(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
         else:
             out = (out - bias) * spread_of(layer, site.read) + bias
         site.read = None
+    if forked is not None:
+        return Bifurcated.apply(out, *forked, site)
     return Rounded.apply(out, site.errors) if site.errors is not None and site.training and torch.is_grad_enabled() else out
 
 
@@ -361,3 +368,23 @@ class Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return ctx.rounding({"g": g}), None
+
+
+class Bifurcated(torch.autograd.Function):
+    """The identity in ``out``, worked out from ``copy``, x cut off from what made it; in the backward pass the gradient forks.
+
+    What goes on to x comes of the rounded gradient, what the layer's parameters get of the other copy.
+    """
+
+    @staticmethod
+    def forward(ctx, out, x, copy, site):
+        ctx.save_for_backward(out)
+        ctx.copy, ctx.site = copy, site
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, g):
+        (out,) = ctx.saved_tensors
+        rounded = ctx.site.errors({"g": g})
+        down = torch.autograd.grad(out, ctx.copy, rounded, retain_graph=True)[0] if ctx.needs_input_grad[1] else None
+        return ctx.site.weight_errors({"g": g, "rounded": rounded}), down, None, None

@@ -10,10 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.apply import weighted
+from ..methods.formats import range_scale
 
 
 def _chain(**layers: nn.Module) -> nn.Sequential:
@@ -147,6 +149,37 @@ def signed(model: nn.Module) -> nn.Module:
         if not isinstance(m, (nn.ReLU, nn.BatchNorm2d)):
             parts[name] = m
     return _chain(**parts, norm=nn.BatchNorm1d(len(model.get_submodule(layers[-1]).weight))).train(model.training)
+
+
+class RangeNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm by range (Banner et al. 2018): y = gamma (x - mean) / s + beta, s = ``range_scale`` of each channel over a batch.
+
+    In evaluation it is the common batch norm, whose running variance is that of s^2.
+    """
+
+    chunks = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, power = self.running_mean, self.running_var
+        if self.training:
+            rows = x.transpose(0, 1).flatten(1).T
+            mean, power = rows.mean(0), range_scale(rows, self.chunks).square()
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(power, self.momentum)
+        a = (power + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
+        b = (0 if self.bias is None else self.bias) - mean * a
+        return x * a.reshape(-1, *[1] * (x.dim() - 2)) + b.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def range_normed(model: nn.Module) -> nn.Module:
+    """A copy whose batch norms are by range; names, weights and running statistics stay, so that it is to be trained a little."""
+    copy = deepcopy(model)
+    for m in copy.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.__class__ = RangeNorm
+    return copy
 
 
 NETS: dict[str, Callable[..., nn.Module]] = {f.__name__: f for f in (linear, lenet300, lenet5, resnet, bireal, mlp, cnn)}

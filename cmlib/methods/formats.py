@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.codes import Codes, grouped, nearest_level
-from ..core.knobs import Per, Pick, Span, Switch
+from ..core.knobs import Per, Pick, Span, Switch, WideBits
 from ..core.method import Training, quantizer
 from ..core.packed import State
 from ..core.sites import Affine, Floating, round_float
-from .grids import Mode
+from .fewbits import Wide
+from .grids import Mode, integer_only_quantization, ranges
 
 Mantissa = Annotated[int, Span(4, 16, integer=True)]
 Exponent = Annotated[int, Span(3, 8, integer=True)]
@@ -115,6 +116,44 @@ def fp8_training(w, *, mantissa_bits: Small = 2, update_rounding: Mode = "stocha
     codes = Codes(w, torch.zeros(1, w.numel(), dtype=torch.long, device=w.device), params, (31 << 1 + mantissa_bits) - 1, "floats")
     codes.index.copy_(torch.searchsorted(codes.levels[0], round_float(w.detach(), 5, mantissa_bits).reshape(1, -1)))
     return codes
+
+
+def stochastic(g: Tensor, bits: int) -> Tensor:
+    """g on 2^bits - 1 even levels up to its greatest magnitude, 0 among them, up with the chance that keeps the mean."""
+    most = 2 ** (bits - 1) - 1
+    step = g.abs().max() / most
+    step = torch.where(step > 0, step, 1)
+    return (g / step + torch.rand_like(g)).floor().clamp(-most, most) * step
+
+
+def range_scale(x: Tensor, chunks: int = 1) -> Tensor:
+    """What range batch norm has for the standard deviation of each column of x (N, C): C(n) (max - min), C(n) = 1 / (2 sqrt(2 ln n)).
+
+    It is the mean over so many ``chunks`` of n rows, since the two ends of a batch are noisy.
+    """
+    parts = x.chunk(chunks)
+    return sum((p.amax(0) - p.amin(0)) / (2 * math.sqrt(2 * math.log(max(len(p), 2)))) for p in parts) / len(parts)
+
+
+def _eight_bit_errors(g, *, g_bits: WideBits = 8):
+    return stochastic(g, g_bits) if 2 <= g_bits < 32 else g
+
+
+def _sixteen_bit_copy(g, rounded, *, bifurcation: Switch = "on"):
+    return stochastic(g, 16) if bifurcation == "on" else rounded
+
+
+@quantizer("Banner, Hubara, Hoffer & Soudry 2018, Scalable methods for 8-bit training of neural networks",
+           chapter="04", acts=ranges, errors=_eight_bit_errors, weight_errors=_sixteen_bit_copy)  # fmt: skip
+def scalable_8bit_training(w, *, bits: Wide = 8):
+    """Scalable 8-bit training: gradient bifurcation.
+
+    Weights and inputs take 2^bits even levels between their least and greatest, as in ``integer_only_quantization``. The gradient at a layer's
+    outputs forks: what goes down to the inputs comes of ``g_bits`` (8), stochastically rounded, so that its mean stays; the weights' gradient, off
+    which no other hangs, of a copy of 16 (survey 001, 2.2.4 (1) Table 4 [82]). Range batch norm is the network's part:
+    ``cmlib.lab.nets.range_normed``. Gradients' levels are even about 0 here, so that nothing is cut off at either end.
+    """
+    return integer_only_quantization(w, bits=bits)
 
 
 def eight_bits(x: Tensor, datatype: str, per: str) -> tuple[Tensor, Tensor, int, str]:
