@@ -8,6 +8,7 @@ counts for one process alone (control groups would need root). Run as root, each
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -51,17 +52,25 @@ def missing() -> str:
         return "the box needs Linux on x86-64 or arm64 (WSL or a virtual machine will do)"
     if not shutil.which("bwrap"):
         return "the box needs bubblewrap: apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora)"
-    return ""
+    return _refusal()
 
 
-def command() -> list[str]:
-    """Bubblewrap's flags; what is not named here does not exist in the box."""
+@functools.cache
+def _refusal() -> str:
+    """Containers and some systems forbid the namespaces that bubblewrap needs; it then says which."""
+    done = subprocess.run([*command(MB), "--", "true"], capture_output=True, text=True, env=ENVIRONMENT)
+    return f"bubblewrap is installed but may not make a box here: {done.stderr.strip()}" if done.returncode else ""
+
+
+def command(disk: int) -> list[str]:
+    """Bubblewrap's flags; what is not named here does not exist in the box. ``disk``: bytes of the one folder that can be written."""
     kit = {ROOT / "cmlib": "/kit/cmlib", Path(os.environ.get("CMLIB_DATASETS", ROOT / "datasets")): "/kit/datasets"}
     own = {Path(p): p for p in ("/usr", "/etc/alternatives", "/etc/ld.so.cache", sys.base_prefix, sys.prefix)}
     return [
         *("bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
         *([] if os.getuid() == 0 else ["--unshare-user"]),
         *("--die-with-parent", "--new-session"),
+        *("--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp"),
         *(word for name in ("/bin", "/lib", "/lib64") for word in _system(Path(name))),
         *(word for source, place in (own | kit).items() if source.exists() for word in _read_only(source, Path(place))),
         *("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
@@ -94,7 +103,7 @@ class Box:
         if boxed and (problem := missing()):
             raise GraderError(problem)
         self.limits, self.why = limits, ""
-        self._over = threading.Event()
+        self._over, self._killing = threading.Event(), threading.Lock()
         self.folder = None if boxed else tempfile.TemporaryDirectory(prefix="cmlib-grade-")
         self.process = self._boxed() if boxed else self._bare()
         self.pipe = Pipe(self.process.stdout.fileno(), self.process.stdin.fileno())
@@ -106,8 +115,7 @@ class Box:
         try:
             os.write(program, syscalls.program())
             os.close(program)
-            room = ["--perms", "1777", "--size", str(self.limits.disk), "--tmpfs", "/tmp", "--seccomp", str(filter_)]
-            return self._start([*command()[:1], *room, *command()[1:], "--"], "/kit", (filter_,), ENVIRONMENT)
+            return self._start([*command(self.limits.disk), "--seccomp", str(filter_), "--"], "/kit", (filter_,), ENVIRONMENT)
         finally:
             os.close(filter_)
 
@@ -168,14 +176,17 @@ class Box:
     def kill(self) -> None:
         """End every process: with the first of a pid namespace die all others, and only then does bubblewrap return."""
         self._over.set()
-        for pid in [*self.pids()][1:2] if not self.folder else [*self.pids()]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        with self._killing:
+            if self.process.poll() is not None:
+                return
+            for pid in [*self.pids()][1:2] if not self.folder else [*self.pids()]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
 
     def close(self) -> None:
         self.kill()

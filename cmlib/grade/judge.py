@@ -25,6 +25,7 @@ from .trial import AnswerError, GraderError, Local, Part, StudentError, TimedOut
 from .wire import ARRAYS, WireError, pack
 
 STARTS = 3  # of a box, for one question
+NOTES = 10  # on cells
 ASKS = 100_000  # calls of a check's function during one call of an answer
 
 
@@ -84,7 +85,7 @@ def judge(submission: Submission, exercise: Exercise, *, seed: int | None = None
     notebook = read(submission)
     with Boxed(notebook.code, limits, boxed) as answers, judging(answers if notebook.code else Local({}), submission.student, seed):
         marks = tuple(_mark(question, notebook, answers) for question in exercise.questions)
-    notes = (*submission.notes, *notebook.notes, *answers.notes.values())
+    notes = (*submission.notes, *notebook.notes, *_few([*answers.notes.values()]))
     return Grade(submission.student, exercise.name, marks, notes, digest(submission, exercise), round(time.monotonic() - start, 3))
 
 
@@ -101,8 +102,8 @@ def _kit() -> str:
 
 def _mark(question: Question, notebook: Notebook, answers: Boxed) -> Mark:
     if question.by_hand:
-        text = notebook.text(question.cell)
-        return Mark(question.key, question.cell, None if _bare(text) not in ("", _bare(question.released)) else 0.0, question.points, text=text)
+        written = [text for text in notebook.texts(question.cell) if _bare(text) not in ("", _bare(question.released))]
+        return Mark(question.key, question.cell, None if written else 0.0, question.points, text="\n\n".join(written))
     answers.starts = STARTS
     namespace: dict[str, Any] = {"np": np, "trial": trial, "__name__": question.cell}
     try:
@@ -115,6 +116,10 @@ def _mark(question: Question, notebook: Notebook, answers: Boxed) -> Mark:
         raise GraderError(f"the hidden checks of question {question.key} failed outside of their parts: {type(error).__name__}: {error}") from error
     figures = {name: value for name, value in t.figures.items() if math.isfinite(value)}
     return Mark(question.key, question.cell, points, question.points, tuple(t.parts), figures)
+
+
+def _few(notes: list[str]) -> list[str]:
+    return [*notes[:NOTES], f"and {len(notes) - NOTES} more cells"] if len(notes) > NOTES else notes
 
 
 def _bare(text: str) -> str:
@@ -146,6 +151,12 @@ class Boxed:
 
     def get(self, name: str) -> Any:
         return self._asked("get", name)
+
+    def afresh(self) -> None:
+        """The next call finds a new box, in which nothing is left of the calls before."""
+        if self.box:
+            self.box.kill()
+            self.starts += 1
 
     def names(self) -> list[str]:
         return [name for name in self._asked("names") if isinstance(name, str)]
@@ -188,7 +199,6 @@ class Boxed:
         except TimeoutError:
             reason: AnswerError = TimedOut(seconds)
         except EOFError:
-            self.box.process.wait()
             reason = AnswerError(self.box.why or "the code ended its own process")
         except (WireError, TypeError, ValueError, LookupError):
             reason = AnswerError("what came back is no plain value, or too much of it")

@@ -40,9 +40,9 @@ class Notebook:
         """The texts of the code cells, in order."""
         return tuple(text for kind, _, text in self.cells if kind == "code")
 
-    def text(self, cell: str) -> str:
-        """The text of the cell with this nbgrader id: the longest, where it was copied; empty where it was deleted."""
-        return max((text for _, name, text in self.cells if name == cell), key=len, default="")
+    def texts(self, cell: str) -> list[str]:
+        """The texts of the cells with this nbgrader id: none where it was deleted, several where it was copied."""
+        return [text for _, name, text in self.cells if name == cell]
 
 
 class Unreadable(Exception):
@@ -81,7 +81,10 @@ def _submission(entry: os.DirEntry, exercise: str) -> Submission | None:
         return None
     inner = Path(entry.path, exercise)
     folder = inner if inner.is_dir() and not inner.is_symlink() else Path(entry.path)
-    paths = [Path(e.path) for e in _entries(folder) if e.name.endswith(".ipynb")]
+    try:
+        paths = [Path(e.path) for e in _entries(folder) if e.name.endswith(".ipynb")]
+    except OSError as error:
+        return Submission(student, exercise, None, None, (f"the student's folder cannot be read: {error.strerror}",))
     paths.sort(key=lambda p: (p.stem != exercise, p.name))
     notes = [f"{len(paths)} notebooks: {paths[0].name} was read"] if len(paths) > 1 else [] if paths else ["no notebook was handed in"]
     return Submission(student, exercise, paths[0] if paths else None, _timestamp(folder), tuple(notes))
@@ -119,16 +122,15 @@ def read(submission: Submission) -> Notebook:
 def _bytes(path: Path, most: int) -> bytes:
     """A plain file's bytes: no link, no pipe or device that would never end, nothing larger than ``most``."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise Unreadable(f"{path.name} is no file")
+            if status.st_size > most:
+                raise Unreadable(f"{path.name} has {status.st_size / MB:,.0f} MB, more than the {most / MB:,.0f} MB that are read: clear its outputs")
+            return file.read(most)
     except OSError as error:
         raise Unreadable(f"{path.name} is a link, which is not followed" if path.is_symlink() else f"{path.name}: {error.strerror}") from error
-    with open(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable(f"{path.name} is no file")
-        if status.st_size > most:
-            raise Unreadable(f"{path.name} has {status.st_size / MB:,.0f} MB, more than the {most / MB:,.0f} MB that are read: clear its outputs")
-        return file.read(most)
 
 
 def _content(data: bytes) -> dict[str, Any]:
