@@ -254,6 +254,20 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     return copy
 
 
+def with_latent_weights(model: nn.Module) -> nn.Module:
+    """A copy with nothing attached, whose weights are the float ones that methods learned behind what they made of them."""
+    copy = deepcopy(model)
+    for _, owner, parameter in list(held(copy)):
+        _plain(owner, parameter)
+    for _, layer, _ in list(attached(copy)):
+        w = latent(layer).detach().clone()
+        detach(layer)
+        detach_site(layer)
+        with torch.no_grad():
+            layer.weight.copy_(w)
+    return copy
+
+
 def local_reparametrization(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """Noise on the pre-activations instead of the weights, one draw an output: variance = conv(x^2, var w) (Kingma et al. 2015)."""
     between = next(a for a in layer.parametrizations.weight if isinstance(a, Attached))
@@ -291,26 +305,32 @@ def attached_hooks(model: nn.Module, epoch: int = 1, gathered: Callable[[dict[st
     steps, alike = itertools.count(1), {}
     for name, layer, a in learning:
         if a.method.training.project:
-            alike.setdefault((a.method, *sorted(a.knobs.items())), {})[name] = layer
+            alike.setdefault((a.method, *sorted(a.knobs.items())), {})[name] = layer, a
 
     def rewrite(_: nn.Module, rule: torch.optim.Optimizer) -> None:
-        for layer, a in rewritten:
-            w = latent(layer)
-            w.grad = call(a.method.training.gradient, {"g": w.grad, "lr": rule.param_groups[0]["lr"]}, a.knobs)
+        for w, a in ((latent(layer), a) for layer, a in rewritten):
+            if w.grad is not None:
+                available = {**a.content(), "g": w.grad, "lr": rule.param_groups[0]["lr"], "w": w.detach()}
+                w.grad = call(a.method.training.gradient, available, a.knobs)
 
     def project(_: nn.Module, rule: torch.optim.Optimizer) -> None:
-        available = {"lr": rule.param_groups[0]["lr"], "epoch_ends": next(steps) % epoch == 0}
-        for (method, *knobs), layers in alike.items():
-            ask, weights = method.training.project, {n: latent(layer).detach() for n, layer in layers.items()}
-            found = {e: gathered(layers, e) for e in evidence_of(ask) if e not in ("w", *available)}
-            given = {n: {"w": w, **available, **{e: f[n] for e, f in found.items()}} for n, w in weights.items()}
+        step = next(steps)
+        available = {"lr": rule.param_groups[0]["lr"], "step": step, "epoch_ends": step % epoch == 0}
+        for (method, *knobs), found in alike.items():
+            ask, layers = method.training.project, {n: layer for n, (layer, _) in found.items()}
+            weights = {n: latent(layer).detach() for n, layer in layers.items()}
+            held = {n: {**a.content(), **available, "w": weights[n], "g": latent(layer).grad} for n, (layer, a) in found.items()}
+            evidence = {e: gathered(layers, e) for e in evidence_of(ask) if any(e not in h for h in held.values())}
+            given = {n: {e: evidence[e][n] if e in evidence else h[e] for e in evidence_of(ask)} for n, h in held.items()}
             with torch.no_grad():
                 if method.joint:
                     new = apart(call(ask, end_to_end(given), dict(knobs)), weights)
                 else:
                     new = {n: call(ask, g, dict(knobs)) for n, g in given.items()}
                 for n, w in weights.items():
-                    w.copy_(new[n])
+                    w.copy_(new[n].values if isinstance(new[n], Masked) else new[n])
+                    if isinstance(new[n], Masked):
+                        found[n][1]._remember({"mask": new[n].mask})
 
     return [Hook(gradients=rewrite, after=project)] if alike or rewritten else []
 

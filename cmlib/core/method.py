@@ -33,10 +33,11 @@ WITHOUT_PLAN = {  # kinds of which a weight becomes nothing by itself, and what 
 class Training:
     """What a method wants of training, besides its forward pass; every part may be left out.
 
-    ``gradient(g, [lr], **knobs)``: what takes the place of the latent weight's gradient.
+    ``gradient(g, [lr, w, <state>], **knobs)``: what takes the place of the latent weight's gradient.
     ``penalty(packed, [w, examples, progress], **knobs)``: a scalar added to the task's mean loss; ``w`` is the latent weight, ``examples`` the
-    number of training examples, ``progress`` goes from 0 to 1. ``project(w, [lr, epoch_ends, <evidence>], **knobs)``: the weight after each
-    optimizer step, the evidence gathered anew on a batch's worth of training examples.
+    number of training examples, ``progress`` goes from 0 to 1. ``project(w, [g, lr, step, epoch_ends, <state>, <evidence>], **knobs)``: the weight
+    after each optimizer step, or a ``Masked`` value whose mask becomes the state's; ``g`` is the step's gradient, evidence is gathered anew on a
+    batch's worth of training examples.
     ``variance(packed)``: the weight's variance, sampled at the pre-activations (local reparameterization).
     """
 
@@ -173,9 +174,13 @@ def end_to_end(given: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {name: joined(name) for name in layers[0]}
 
 
-def apart(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """That long vector cut into the layers' weights again."""
-    return {n: part.reshape(w.shape) for (n, w), part in zip(like.items(), flat.split([w.numel() for w in like.values()]), strict=True)}
+def apart(flat: Any, like: dict[str, Tensor]) -> dict[str, Any]:
+    """That long vector, or a ``Masked`` one with what it remembers of each weight, cut into the layers' weights again."""
+    if isinstance(flat, Masked):
+        values, masks = apart(flat.values, like), apart(flat.mask, like)
+        state = {key: apart(v, like) for key, v in flat.state.items()}
+        return {n: replace(flat, values=values[n], mask=masks[n], state={key: v[n] for key, v in state.items()}) for n in like}
+    return {n: part.reshape(*flat.shape[:-1], *w.shape) for (n, w), part in zip(like.items(), flat.split([w.numel() for w in like.values()], -1), strict=True)}
 
 
 def evidence_of(fn: Callable) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ A schedule is a tuple of stages; ``one_shot(.1, 4) + (Stage(.1, 2),)`` is a sche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -50,6 +51,10 @@ def gradual(keep: float, epochs: int, rounds: int = 8) -> Schedule:
 
 def _stages(keeps: list[float], epochs: int) -> Schedule:
     """A stage for each share, the epochs dealt out evenly with what is left over at the end."""
-    rounds = len(keeps)
-    ends = [epochs * (r + 1) // rounds for r in range(rounds)]
-    return tuple(Stage(k, e - s) for k, s, e in zip(keeps, [0, *ends[:-1]], ends, strict=True))
+    return tuple(Stage(k, e) for k, e in zip(keeps, shared_out([1] * len(keeps), epochs), strict=True))
+
+
+def shared_out(shares: Sequence[float], epochs: int) -> list[int]:
+    """The epochs dealt out in proportion to ``shares``, what is left over at the end."""
+    ends = [int(epochs * sum(shares[: i + 1]) / sum(shares) + 1e-9) for i in range(len(shares))]
+    return [e - s for s, e in zip([0, *ends[:-1]], ends, strict=True)]

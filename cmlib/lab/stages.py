@@ -1,6 +1,7 @@
-"""Stages: a method's knob is turned in steps and the network trained after each, as INQ's portion is.
+"""Stages: a method's knob is turned in steps and the network trained after each, as INQ's portion is; and recipes, whose steps are data.
 
-Unlike compressing again, turning a knob keeps what the method has learned: its state, and the float weights behind the codes.
+Unlike compressing again, turning a knob keeps what the method has learned: its state, and the float weights behind the codes. A recipe's step
+attaches its method anew, to those float weights.
 """
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
-from ..core.apply import attached
+from ..core.apply import attached, with_latent_weights
 from ..core.inputs import Pair
 from ..core.knobs import knobs_of
-from ..core.method import Method
+from ..core.method import Method, call
+from ..core.schedule import Recipe, shared_out
+from ..methods import find
 from .data import Data
-from .train import Fit, fit
+from .guided import Guided, guided_loss
+from .train import Fit, Loss, fit
 from .verbs import compress
 
 
@@ -48,6 +53,29 @@ def in_stages(model: nn.Module, method: Method | str, data: Data | Pair, knob: s
     runs = []
     for number, (value, epochs) in enumerate(stages):
         runs.append(fit(turn(model, **{knob: value}), data, epochs=epochs, seed=seed + 1000 * number, **training))
+        if runs[-1].interrupted:
+            break
+    return model, runs
+
+
+def follow(model: nn.Module, steps: Method | str | Recipe, data: Data | Pair, *, epochs: int = 4, where: str = "*", seed: int = 0,
+           knobs: dict[str, Any] | None = None, loss: Loss = F.cross_entropy, **training: Any) -> tuple[nn.Module, list[Fit]]:  # fmt: skip
+    """A copy of ``model`` taken through a recipe, or through ``Step`` s of your own: (the copy, what each step's ``fit`` did).
+
+    Each step attaches its method to the float weights that the one before it left, and trains for its share of the ``epochs``. Where a step is
+    guided, a copy of the given network, in full precision, trains beside it and goes along from step to step. ``knobs`` are the recipe's, further
+    keywords go to ``fit``. ValueError for a method that is no recipe.
+    """
+    if isinstance(steps, (Method, str)):
+        method = find(steps)
+        if method.kind != "recipe":
+            raise ValueError(f"{method.key} is a {method.kind}, not a recipe, and has no steps to follow; compress(model, {method.key!r}) applies it")
+        steps = call(method.fn, {}, method.bind(knobs or {}))
+    guide, runs = with_latent_weights(model), []
+    for number, (step, share) in enumerate(zip(steps, shared_out([s.share for s in steps], epochs), strict=True)):
+        model = compress(with_latent_weights(model), step.key, where=where, data=data, **step.knobs)
+        trained, total = (Guided(model, guide), guided_loss(step.guide, loss)) if step.guide else (model, loss)
+        runs.append(fit(trained, data, epochs=share, seed=seed + 1000 * number, loss=total, **training))
         if runs[-1].interrupted:
             break
     return model, runs

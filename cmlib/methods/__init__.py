@@ -6,10 +6,27 @@ from types import ModuleType
 
 from ..core.knobs import nearest
 from ..core.method import Method
-from . import binary, codebooks, discrete, fewbits, formats, grids, prune, prune_budgets, prune_neurons, prune_training, quantize, structures, structures_judged
+from . import (
+    binary,
+    codebooks,
+    discrete,
+    energy,
+    fewbits,
+    formats,
+    grids,
+    prune,
+    prune_budgets,
+    prune_neurons,
+    prune_training,
+    quantize,
+    steps,
+    structures,
+    structures_judged,
+)
 
 CHAPTERS: tuple[ModuleType, ...] = (
-    prune, prune_neurons, prune_training, prune_budgets, structures, structures_judged, quantize, grids, codebooks, binary, fewbits, formats, discrete
+    prune, prune_neurons, prune_training, prune_budgets, structures, structures_judged, energy,
+    quantize, grids, codebooks, binary, fewbits, formats, discrete, steps,
 )  # fmt: skip
 
 
