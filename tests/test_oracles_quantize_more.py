@@ -3,6 +3,7 @@
 A claim that does not hold stands here with its counter-example.
 """
 
+import itertools
 import math
 from copy import deepcopy
 
@@ -13,11 +14,12 @@ from torch import nn
 
 from cmlib.core.apply import attached, latent, penalty, plan_of
 from cmlib.core.method import call
+from cmlib.lab.in_order import compress_in_order
 from cmlib.lab.nets import range_normed
 from cmlib.lab.train import evaluate, fit
 from cmlib.lab.verbs import compress
 from cmlib.lab.zoo import build
-from cmlib.methods import catalog, discrete, formats
+from cmlib.methods import catalog, codebooks, discrete, formats
 from cmlib.methods.binary import he_std
 from cmlib.methods.prune import kl_log_uniform, log_alpha
 
@@ -37,6 +39,10 @@ MUTATIONS = [
      "rounded down more often than up"),
     ("scalable_8bit_training", "cmlib/methods/formats.py", "(2 * math.sqrt(2 * math.log(max(len(p), 2))))", "math.sqrt(2 * math.log(max(len(p), 2)))",
      "C(n) twice as large"),
+    ("q_cnn", "cmlib/methods/codebooks.py", "left[..., m, :] -= step[i]", "left[..., m, :] += step[i]", "what is left is told wrong"),
+    ("q_cnn", "cmlib/methods/codebooks.py", "channels, places, channels, places).permute(0, 2, 1, 4, 3)",
+     "places, channels, places, channels)", "the patch's channels taken for its places"),
+    ("q_cnn", "cmlib/lab/in_order.py", "w @ (cross - gram)", "w @ (gram - cross)", "what earlier layers lost is lost twice"),
 ]  # fmt: skip
 
 
@@ -304,3 +310,136 @@ def test_scalable_8bit_training_the_sign_keeps_the_angle():
     assert math.isclose(F.cosine_similarity(x, x.sign(), dim=0).item(), math.sqrt(2 / math.pi), abs_tol=3e-3)
     near = [F.cosine_similarity(x, formats.stochastic(x, bits), dim=0).item() for bits in (2, 4, 8)]
     assert near == sorted(near) and near[-1] > 0.999
+
+
+# Q-CNN
+
+
+def channels_last(w):
+    """A convolution's weight as the matrix (filters and places of the kernel, channels)."""
+    return w.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def correlated(n, k, seed=0):
+    return normal(n, k, seed=seed) @ normal(k, k, seed=seed + 100)
+
+
+def test_q_cnn_tables_give_the_products_of_a_dense_layer():
+    w, x = normal(40, 12), normal(7, 12, seed=1)
+    packed = codes_of_inputs("q_cnn", w, x, k=8)
+    found, products, sums = codebooks.table_products(x, packed.params, packed.index)
+    assert torch.allclose(found, x @ packed.dense().T, atol=1e-10) and packed.params.shape == (3, 8, 4)
+    counted = count_by_hand(x[0].tolist(), packed.params.tolist(), packed.index.tolist())
+    assert torch.allclose(torch.tensor(counted[0], dtype=F64), found[0]) and (products, sums) == counted[1:]
+    assert products == 8 * 12 and sums - 8 * 12 + 8 * 3 == 2 * 40  # tables K C_in in place of C_in C_out, then M - 1 additions an output
+
+
+def count_by_hand(x, levels, index):
+    """The products of one x by tables, each operation counted where it is done."""
+    products = sums = 0
+    tables = []
+    for m, level in enumerate(levels):
+        d, row = len(level[0]), []
+        for vector in level:
+            value = x[m * d] * vector[0]
+            products += 1
+            for j in range(1, d):
+                value += x[m * d + j] * vector[j]
+                products, sums = products + 1, sums + 1
+            row.append(value)
+        tables.append(row)
+    outs = []
+    for own in zip(*index, strict=True):
+        value = tables[0][own[0]]
+        for m in range(1, len(own)):
+            value += tables[m][own[m]]
+            sums += 1
+        outs.append(value)
+    return outs, products, sums
+
+
+def codes_of_inputs(key, w, x, **knobs):
+    """The codes of a dense layer's weight that reads x."""
+    return call(catalog()[key].fn, {"w": w, "acts_gram": (x.T @ x / len(x))[None]}, {**knobs, "state": None})
+
+
+def test_q_cnn_tables_of_a_picture_serve_all_filters_and_places_of_a_convolution():
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(6, 10, 3, bias=False).double(), normal(2, 6, 7, 7)
+    copy = compress(nn.Sequential(layer), "q_cnn", data=(x, torch.zeros(2, dtype=torch.long)), k=5, subspace_dim=3)
+    packed = plan_of(copy)["0"]
+    assert packed.params.shape == (2, 5, 3) and packed.axes == (0, 2, 3, 1)
+    at, products, _ = codebooks.table_products(x.permute(0, 2, 3, 1), packed.params, packed.index)
+    at = at.unflatten(-1, (10, 3, 3))
+    total = sum(at[:, i : i + 5, j : j + 5, :, i, j] for i in range(3) for j in range(3))
+    assert torch.allclose(total.permute(0, 3, 1, 2), F.conv2d(x, packed.dense()), atol=1e-10) and products == 5 * 6
+    vectors = channels_last(packed.dense()).unflatten(1, (2, 3))
+    assert all(len(vectors[:, m].unique(dim=0)) <= 5 for m in range(2))
+
+
+def response_error(model, copy, x):
+    with torch.no_grad():
+        return (model(x) - copy(x)).square().mean().item()
+
+
+@pytest.mark.parametrize("kind", ["dense", "convolution", "grouped"])
+def test_q_cnn_correction_never_raises_the_response_error(kind):
+    lower = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layers = {"dense": nn.Linear(8, 30), "convolution": nn.Conv2d(8, 12, 3), "grouped": nn.Conv2d(8, 12, 3, groups=2)}
+        model = nn.Sequential(layers[kind].double())
+        x = correlated(200, 8, seed) if kind == "dense" else correlated(8 * 36, 8, seed).reshape(8, 6, 6, 8).permute(0, 3, 1, 2)
+        data = x, torch.zeros(len(x), dtype=torch.long)
+        tried = [
+            compress(model, "q_cnn", data=data, k=6, passes=p, error_correction=c) for p, c in ((1, "none"), *((p, "layer") for p in range(1, 6)))
+        ]
+        errors = [response_error(model, copy, x) for copy in tried]
+        assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(errors))
+        lower.append(errors[3] / errors[0])
+    assert sum(lower) / len(lower) < 0.8
+
+
+def test_q_cnn_a_step_of_the_levels_in_a_dense_layer_is_least_squares():
+    w, x = normal(20, 4), correlated(50, 4)
+    levels, index = normal(1, 3, 4, seed=5), torch.randint(0, 3, (1, 1, 20, 1))
+    gram = (x.T @ x).reshape(1, 1, 1, 4, 1, 1, 4)
+    found, new = codebooks.responding(w.reshape(1, 20, 1, 1, 4), gram, levels, index, 1)
+    chosen = F.one_hot(index.flatten(), 3).double()
+    best = torch.linalg.lstsq(torch.kron(chosen, x), (x @ w.T).T.flatten()).solution.reshape(3, 4)  # outputs of filter after filter
+    assert torch.allclose(found[0], best, atol=1e-9)
+    errors = ((w[:, None] - best) @ x.T).square().sum(2)
+    assert torch.equal(new.flatten(), errors.argmin(1))  # codes: each of the three tried
+
+
+def test_q_cnn_with_a_word_a_filter_is_exact_and_of_white_inputs_the_criteria_coincide():
+    w = normal(12, 8)
+    assert torch.allclose(codes_of_inputs("q_cnn", w, correlated(50, 8), k=12).dense(), w, atol=1e-9)
+    x = torch.linalg.qr(normal(50, 8))[0] * 50**0.5
+    for passes in (1, 4):
+        found = codes_of_inputs("q_cnn", w, x, k=4, passes=passes).dense()
+        assert math.isclose((w - found).square().sum().item(), ((w - found) @ x.T).square().sum().item() / 50)
+    plain = codes_of_inputs("q_cnn", w, x, k=4, error_correction="none").dense()
+    assert torch.allclose(codes_of_inputs("q_cnn", w, x, k=4, passes=4).dense(), plain)  # k-means has found its place already
+
+
+def test_q_cnn_correcting_what_earlier_layers_lost_helps_the_outputs():
+    found = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16)).double()
+        x = correlated(300, 12, seed)
+        data = x, torch.zeros(300, dtype=torch.long)
+        copies = compress(model, "q_cnn", data=data, k=4), compress_in_order(model, "q_cnn", data, samples=300, k=4)
+        found.append([response_error(model, c, x) for c in copies])
+        assert not any(torch.equal(a.dense(), b.dense()) for a, b in zip(*(list(plan_of(c).values())[1:] for c in copies), strict=True))
+    apart, together = torch.tensor(found).mean(0)
+    assert together < 0.95 * apart
+
+
+def test_q_cnn_a_layer_that_reads_what_it_always_did_keeps_its_weight_in_order():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5)).double()
+    data = normal(30, 4, 6, 6), torch.zeros(30, dtype=torch.long)
+    exact = compress_in_order(model, "q_cnn", data, k=256, samples=30)  # as many words as vectors: nothing is lost on the way
+    assert all(torch.allclose(p.dense(), model.get_submodule(n).weight, atol=1e-7) for n, p in plan_of(exact).items())

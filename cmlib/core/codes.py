@@ -80,6 +80,7 @@ class Codes(Whole):
                 weight is the method's choice.
     ``columns`` the groups are runs of columns of the weight matrix (out, rest) rather than of rows.
     ``axes``    the groups lie one after another not in the weight but in ``weight.permute(axes)``; all of its axes, or none for the weight itself.
+                With ``columns`` too, those are of the matrix (all axes but the last, the last).
 
     ``params`` have their true gradient.
     """
@@ -111,7 +112,8 @@ class Codes(Whole):
         group = torch.arange(len(levels), device=levels.device)[:, None]
         entries = levels[group, self.index] if levels.dim() == 3 else levels.gather(1, self.index)
         if self.columns:  # (column groups, rows, d) -> (rows, column groups, d)
-            entries = entries.reshape(len(levels), len(self.values), -1).transpose(0, 1)
+            rows = self.values.numel() // self.values.shape[self.axes[-1]] if self.axes else len(self.values)
+            entries = entries.reshape(len(levels), rows, -1).transpose(0, 1)
         if self.axes:
             back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
             return entries.reshape([self.values.shape[a] for a in self.axes]).permute(back).contiguous()

@@ -1,6 +1,7 @@
-"""Layer after layer: the filters of each are judged in the network that the layers before it left, and taken out before the next is looked at.
+"""Layer after layer: each is judged in the network that the layers before it left, and done before the next is looked at.
 
-Both recipes give a small network with plain weights. ``keeps`` is {layer: share of its filters that stay}; they are taken in the network's order.
+``prune_in_order`` and ``rebuild_in_order`` give a small network with plain weights; ``keeps`` is {layer: share of its filters that stay}, taken in
+the network's order. ``compress_in_order`` is for methods that keep what a layer answers.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from ..core.apply import weighted, with_plain_weights
 from ..core.bake import bake
 from ..core.channel_evidence import into_reader, reader_of
 from ..core.channels import example_of, groups
+from ..core.evidence import CHUNK, patches
 from ..core.knobs import nearest
 from ..core.method import Method, score
-from ..core.planner import gather
+from ..core.planner import covered, gather
 from ..methods import find
 from ..methods.structures import entry_points, lasso_problem, least_squares
 from .verbs import compress
@@ -48,6 +50,27 @@ def rebuild_in_order(model: nn.Module, keeps: dict[str, float], data: Any, *, sa
         small = bake(compress(small, _entering(x @ w), where=name, data=data, samples=samples, keep=keep), data)
         _fit_reader(small, name, x @ w, data, samples)
     return small
+
+
+def compress_in_order(model: nn.Module, method: Method | str, data: Any, *, where: str = "*", samples: int = 128, **knobs: Any) -> nn.Module:
+    """A copy in which each layer, from what the compressed ones before it give it, is to make what it made in the original network.
+
+    Before ``method`` compresses a layer its weight becomes the W' of least E |W x - W' x'|^2, x what it reads in the original and x' in the copy;
+    what x' does not show of W stays (Wu et al. 2016, Q-CNN, the error correction of multiple layers: errors pile up otherwise).
+    """
+    copy = with_plain_weights(model)
+    for name in covered(model, where):
+        layer, original = copy.get_submodule(name), model.get_submodule(name)
+        given = [gather(m, {name: m.get_submodule(name)}, "acts_in", data, samples=samples)[name] for m in (model, copy)]
+        cross = gram = 0.0
+        for x, read in zip(*(a.split(CHUNK) for a in given), strict=True):
+            x, read = (patches(original, a).double().transpose(0, 1).transpose(2, 3).flatten(1, 2) for a in (x, read))  # (groups, places, k)
+            cross, gram = cross + x.transpose(1, 2) @ read, gram + read.transpose(1, 2) @ read
+        w = original.weight.detach().double().reshape(len(gram), -1, gram.shape[1])
+        with torch.no_grad():
+            layer.weight.copy_((w + w @ (cross - gram) @ torch.linalg.pinv(gram, hermitian=True)).reshape(layer.weight.shape))
+        copy = compress(copy, method, where=name, data=data, **knobs)
+    return copy
 
 
 def _ordered(model: nn.Module, keeps: dict[str, float]) -> Iterator[tuple[str, float]]:

@@ -72,10 +72,10 @@ def learned(books: list[Book]) -> State:
     return {f"levels{i}": nn.Parameter(levels) for i, (levels, _) in enumerate(books)} | {f"index{i}": index for i, (_, index) in enumerate(books)}
 
 
-def looked_up(w: Tensor, state: State) -> Codes | Sum:
+def looked_up(w: Tensor, state: State, axes: tuple[int, ...] = ()) -> Codes | Sum:
     """What ``learned`` stands for, in place of ``w``. The gradient of a level is the sum of those of its weights."""
     pairs = [(state[f"levels{i}"], state[f"index{i}"]) for i in range(len(state) // 2)]
-    terms = tuple(Codes(w, index, levels, levels.shape[1], "table", columns=len(levels) > 1, straight=False) for levels, index in pairs)
+    terms = tuple(Codes(w, index, levels, levels.shape[1], "table", columns=len(levels) > 1, straight=False, axes=axes) for levels, index in pairs)
     return replace(terms[0], state=state) if len(terms) == 1 else Sum(w, terms, state=state)
 
 
@@ -93,6 +93,75 @@ def vq_gong(
     compression, section 3.3).
     """
     return looked_up(w, state or learned(SCHEMES[scheme](w, k, sub_vector_dim, residual_stages)))
+
+
+def responding(laid: Tensor, gram: Tensor, levels: Tensor, index: Tensor, passes: int) -> Book:
+    """Levels (runs, k, d) and codes (runs, groups, filters, places) of less response error sum (w - w')^T gram (w - w') than those given.
+
+    laid (groups, filters, places, runs, d) and gram (groups, places, runs, d, places, runs, d), the places of a kernel. For one run of channels after
+    the other the levels go as far as is best along the error's slope (in a dense layer that is least squares), then each code in turn is the best
+    for what else there is. Nothing raises the error.
+    """
+    levels, index = levels.clone(), index.clone()
+    left = laid - torch.stack([v[i] for v, i in zip(levels, index, strict=True)], 3)
+    for m, v, i in [(m, levels[m], index[m]) for m in range(len(levels))] * passes:
+        to_run = gram[..., m, :]
+        own = to_run[:, :, m]
+        near = own.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # (groups, places, d, d)
+        slope = torch.zeros_like(v).index_add_(0, i.flatten(), torch.einsum("gfpmi,gpmiqj->gfqj", left, to_run).flatten(0, 2))
+        curvature = v.new_zeros(len(v), *near.shape[2:]).index_add_(0, i.flatten(), near[:, None].expand(*i.shape, -1, -1).flatten(0, 2))
+        step = (torch.linalg.pinv(curvature, hermitian=True) @ slope[:, :, None])[:, :, 0]
+        size = torch.einsum("gfpi,gpiqj,gfqj->", step[i], own, step[i])
+        step *= (step * slope).sum() / size if size > 0 else 0.0
+        v += step
+        left[..., m, :] -= step[i]
+        for p in range(i.shape[2]):
+            now = i[:, :, p]
+            wanted = torch.einsum("gfqmi,gqmij->gfj", left, to_run[:, :, :, :, p]) + v[now] @ near[:, p]
+            cost = torch.einsum("ki,gij,kj->gk", v, near[:, p], v)[:, None] - 2 * wanted @ v.T
+            best = torch.where(cost.amin(2) < cost.gather(2, now[..., None])[..., 0], cost.argmin(2), now)
+            left[:, :, p, m] += v[now] - v[best]
+            i[:, :, p] = best
+    return levels, index
+
+
+@quantizer("Wu, Leng, Wang, Hu & Cheng 2016, Quantized convolutional neural networks for mobile devices",
+           chapter="04", exempt={"permutation": "k-means starts at filters drawn by their place"})  # fmt: skip
+def q_cnn(
+    w, acts_gram, *, k: Levels = 32, subspace_dim: Annotated[int, Span(1, 16, integer=True)] = 4,
+    error_correction: Annotated[str, Pick("layer", "none")] = "layer", passes: Annotated[int, Span(1, 20, integer=True)] = 3,
+    state: State | None = None,
+):  # fmt: skip
+    """Q-CNN: product codebooks that keep the responses.
+
+    Each run of ``subspace_dim`` input channels has a codebook of k vectors for all filters and places of the kernel, so that a layer looks its
+    products up: ``table_products``. Codebooks start by k-means; then levels and codes in turn lower the response error E |(w - w')^T x|^2 over what
+    the layer reads (survey 001, 2.2.3 [71]). ``cmlib.lab.in_order.compress_in_order`` is the paper's correction of what earlier layers lost. Of a
+    pruned layer the responses are not known by weight. Training moves the levels.
+    """
+    axes = (0, *range(2, w.dim()), 1) if w.dim() > 2 else ()
+    if state is None:
+        laid = w.detach().reshape(len(w), w.shape[1] if w.dim() > 1 else 1, -1).transpose(1, 2)  # (filters, places, channels)
+        ((levels, index),) = product(laid.flatten(0, 1), k, subspace_dim, 1)
+        if error_correction == "layer" and acts_gram is not None:
+            groups, (places, channels), (runs, _, d) = len(acts_gram), laid.shape[1:], levels.shape
+            gram = acts_gram.double().reshape(groups, channels, places, channels, places).permute(0, 2, 1, 4, 3)
+            found = responding(laid.double().reshape(groups, -1, places, runs, d), gram.reshape(groups, *(places, runs, d) * 2),
+                               levels.double(), index.reshape(runs, groups, -1, places), passes)  # fmt: skip
+            levels, index = found[0].to(w), found[1].flatten(1)
+        state = learned([(levels, index)])
+    return looked_up(w, state, axes)
+
+
+def table_products(x: Tensor, levels: Tensor, index: Tensor) -> tuple[Tensor, int, int]:
+    """The products of x (..., channels) with every vector of codes, by tables: (products (..., vectors), multiplications, additions for one x).
+
+    levels (runs, k, d), index (runs, vectors). Each run of x is multiplied with all its levels once; a product is then a sum of ``runs`` entries.
+    """
+    runs, k, d = levels.shape
+    tables = torch.einsum("...md,mkd->...mk", x.unflatten(-1, (runs, d)), levels)
+    total = sum(tables[..., m, :][..., index[m]] for m in range(runs))
+    return total, runs * k * d, runs * k * (d - 1) + (runs - 1) * index.shape[1]
 
 
 def hw_kmeans(w: Tensor, h: Tensor, k: int, rate: float) -> Book:
