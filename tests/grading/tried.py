@@ -29,13 +29,19 @@ def run(question: Question, namespace: dict[str, Any], seed: int = 0, student: s
 
 @dataclass(frozen=True)
 class Attempt:
-    """One solution of a question: under the name that the question asks for, or what it makes of the learner's numbers where it asks for a value."""
+    """One solution of a question: under the name that the question asks for, or what it makes of the learner's numbers where it asks for a value.
+
+    ``names``: where a question asks for several functions, ``made()`` gives them by name.
+    """
 
     key: str
     made: Callable
     fault: str = ""  # a piece of what the learner reads; empty where the solution is right
+    names: bool = False
 
     def namespace(self, question: Question) -> dict[str, Any]:
+        if self.names:
+            return self.made()
         how, name = re.search(r't\.(call|get)\("(\w+)"', question.hidden).groups()
         if how == "call":
             return {name: self.made}
@@ -68,14 +74,14 @@ class Solutions:
                 exec("".join(cell["source"]).replace('student = ""', f"student = {STUDENT!r}"), space)
         return space
 
-    def right(self, key: str) -> Callable[[Callable], Callable]:
-        return self.wrong(key, "")
+    def right(self, key: str, names: bool = False) -> Callable[[Callable], Callable]:
+        return self.wrong(key, "", names)
 
-    def wrong(self, key: str, fault: str) -> Callable[[Callable], Callable]:
+    def wrong(self, key: str, fault: str, names: bool = False) -> Callable[[Callable], Callable]:
         """``fault`` is a piece of ``says`` or ``reason`` of a part that must fail."""
 
         def collect(made: Callable) -> Callable:
-            self.attempts.append(Attempt(key, made, fault))
+            self.attempts.append(Attempt(key, made, fault, names))
             return made
 
         return collect
