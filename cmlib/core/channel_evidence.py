@@ -6,14 +6,18 @@ have what is asked for.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .channels import Group, all_groups, groups
+from .apply import with_plain_weights
+from .channels import LAYERS, Group, all_groups, groups
 from .evidence import CHUNK, Evidence, Layers, Loss, _watched, at_places, patches
 
 RELUS = {F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.hardtanh, F.hardtanh_}
@@ -118,11 +122,95 @@ def next_w(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -
     return {name: _by_channel(reader.weight.flatten(1), places, reader) for name, (reader, places) in reads.items()}
 
 
-CHANNEL_PROVIDERS = {f.__name__: f for f in (bn_gamma, gamma_in, filter_rows, zeros, flow, next_acts_in, next_w)}
+def channel(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """The number of the channel that each weight makes, counted through the network, and of its group, (2, *w.shape); of tied filters the same."""
+    found, start = {}, 0
+    for i, group in enumerate(groups(model, x[:1])):
+        for name in layers.keys() & set(group.makers):
+            w = layers[name].weight
+            number = torch.arange(start, start + group.count, device=w.device).reshape(-1, *[1] * (w.dim() - 1)).expand(w.shape)
+            found[name] = torch.stack([number, torch.full_like(number, i)])
+        start += group.count
+    return {name: found[name] for name in layers if name in found}
+
+
+class Widths(NamedTuple):
+    """The groups of channels of a network, and what it does for one example when some of them are gone."""
+
+    full: Tensor  # (groups,) how many channels each has
+    terms: Tensor  # (terms, 2) the groups that meet in a product: of a layer's inputs and of its outputs; len(full) where none can go
+    each: Tensor  # (terms,) multiply-adds that a pair of channels costs
+
+    def products(self, widths: Tensor) -> Tensor:
+        """s_in s_out of each term, for ``widths`` (..., groups); 1 stands for what cannot change."""
+        return F.pad(widths, (0, 1), value=1.0)[..., self.terms].prod(-1)
+
+    def multiply_adds(self, widths: Tensor) -> Tensor:
+        return self.products(widths) @ self.each
+
+
+def widths(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, Widths]:
+    """The groups of channels, their sizes, and the network's multiply-adds at any widths (``Widths``), the same for each layer; float64."""
+    found = groups(model, x[:1])
+    everywhere = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    with torch.no_grad(), _watched(everywhere) as seen:
+        model(x[:1])
+    out, fixed, terms = {n: i for i, g in enumerate(found) for n in g.makers}, len(found), {}
+    for name, (_, made) in seen.items():
+        w, own = everywhere[name].weight, out.get(name, fixed)
+        into = {i: g.readers[name].numel() for i, g in enumerate(found) if name in g.readers and getattr(everywhere[name], "groups", 1) == 1}
+        for i, inputs in {**into, fixed: w.shape[1] - sum(into.values())}.items():
+            pairs = [found[g].count for g in (i, own) if g != fixed]
+            terms[i, own] = terms.get((i, own), 0) + made.numel() * inputs * _area(w) / math.prod(pairs)
+    terms = {pair: cost for pair, cost in terms.items() if cost}
+    counts, costs = (torch.tensor(list(v), dtype=torch.float64, device=x.device) for v in ([g.count for g in found], terms.values()))
+    given = Widths(counts, torch.tensor(list(terms), device=x.device), costs)
+    return {n: given for g in found for n in g.makers if n in layers}
+
+
+def responses(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """What the classifier, the layer that runs last, reads: (examples, features), the same for each layer."""
+    everywhere = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    with torch.no_grad(), _watched(everywhere) as seen:
+        model(x)
+    last = next(reversed(seen.values()))[0].flatten(1)
+    return {name: last for name, _ in _groups(model, layers, x)}
+
+
+def propagated(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, Callable[[Tensor], Tensor]]:
+    """A function of what the classifier's inputs are worth, (features,), that gives what each channel is worth by the paths of |weights| between.
+
+    It is the gradient of worth . features in a copy of the network of absolute weights and batch norm scales, without shifts, every ReLU open.
+    """
+    copy, ones = with_plain_weights(model).requires_grad_(True), torch.ones_like(x[:1])
+    with torch.no_grad():
+        for m in copy.modules():
+            if isinstance(m, (*LAYERS, nn.modules.batchnorm._BatchNorm)):
+                for shift in (m.bias, getattr(m, "running_mean", None)):
+                    None if shift is None else shift.zero_()
+                None if m.weight is None else m.weight.copy_(m.weight.abs())
+        with _watched({n: m for n, m in copy.named_modules() if isinstance(m, LAYERS)}) as seen:
+            copy(ones)
+    classifier, first = copy.get_submodule(next(reversed(seen))), _firsts(copy, ones)
+
+    def worth(features: Tensor, name: str) -> Tensor:
+        with torch.enable_grad():
+            classifier.weight.data.zero_()[0] = features.reshape(classifier.weight[0].shape).to(ones)  # the first output is worth . features
+            found = _maps(copy, {name: copy.get_submodule(name)}, ones, first, straight=True)[name]
+            gradients = torch.autograd.grad(found.output[0, 0], found.relu or [found.last], allow_unused=True)
+            return sum(g[0].reshape(g.shape[1], -1).sum(1) for g in gradients if g is not None)
+
+    return {name: partial(worth, name=name) for name, _ in _groups(model, layers, x)}
+
+
+CHANNEL_PROVIDERS = {
+    f.__name__: f for f in (bn_gamma, gamma_in, filter_rows, zeros, flow, next_acts_in, next_w, channel, widths, responses, propagated)
+}
 WITHOUT_DATA = {
     "macs",
     "place",
-    *(f.__name__ for f in (bn_gamma, gamma_in, filter_rows, next_w)),
+    "workload",
+    *(f.__name__ for f in (bn_gamma, gamma_in, filter_rows, next_w, channel, widths, propagated)),
 }  # one image of any content shows them which channels go where
 
 
@@ -170,8 +258,9 @@ def _groups(model: nn.Module, layers: Layers, x: Tensor) -> list[tuple[str, Grou
 class _Traced(TorchFunctionMode):
     """Follows each maker's output through batch norm, pooling and sums to the ReLUs behind it."""
 
-    def __init__(self) -> None:
+    def __init__(self, straight: bool = False) -> None:
         super().__init__()
+        self.straight = straight  # whether ReLUs let everything through
         self.owner: dict[int, str] = {}
         self.held: list[Tensor] = []  # while a tensor lives, no other has its id
         self.relu: dict[str, list[Tensor]] = {}
@@ -182,7 +271,7 @@ class _Traced(TorchFunctionMode):
         self.held.append(t)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = args[0].clone() if self.straight and func in RELUS else func(*args, **(kwargs or {}))
         source = next((a for a in args if isinstance(a, Tensor) and id(a) in self.owner), None)
         if source is not None and isinstance(out, Tensor):
             name = self.owner[id(source)]
@@ -201,10 +290,15 @@ class _Found:
         self.relu, self.last, self.output = relu, last, output
 
 
-def _maps(model: nn.Module, layers: Layers, xs: Tensor) -> dict[str, _Found]:
-    """What each covered layer's group makes of ``xs``; a map belongs to the last maker before it."""
-    first = {n: g.first for g in groups(model, xs[:1]) for n in g.makers}
-    with _Traced() as traced:
+def _firsts(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """{maker: the first maker of its group}."""
+    return {n: g.first for g in groups(model, x[:1]) for n in g.makers}
+
+
+def _maps(model: nn.Module, layers: Layers, xs: Tensor, first: dict[str, str] | None = None, straight: bool = False) -> dict[str, _Found]:
+    """What each covered layer's group makes of ``xs``, with every ReLU open where ``straight``; a map belongs to the last maker before it."""
+    first = first or _firsts(model, xs)
+    with _Traced(straight) as traced:
 
         def note(name: str, out: Tensor) -> None:
             traced.last[name] = out

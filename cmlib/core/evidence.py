@@ -113,6 +113,15 @@ def macs(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> 
     return {name: torch.full_like(layers[name].weight, out.numel() / len(layers[name].weight)) for name, (_, out) in seen.items()}
 
 
+def workload(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """What every covered layer does for one example, (layers, 3) float64, the same for each: its weights, multiply-adds, numbers read and written."""
+    with torch.no_grad(), _watched(layers) as seen:
+        model(x[:1])
+    weights = {name: layers[name].weight for name in layers if name in seen}
+    rows = [[w.numel(), seen[n][1].numel() * w[0].numel(), sum(t.numel() for t in seen[n])] for n, w in weights.items()]
+    return dict.fromkeys(weights, torch.tensor(rows, dtype=torch.float64, device=x.device))
+
+
 def positions(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
     """Of each place of a 2-D convolution's map, (2, H, W): the mean over examples of sum_c |V dL/dV|, and how many pooling windows read it.
 
@@ -145,6 +154,11 @@ class _Pools(TorchFunctionMode):
             sums = F.avg_pool2d(ones, args[1], **how, divisor_override=1)
             self.reads.setdefault(last, torch.autograd.grad(sums.sum(), ones)[0][0, 0])
         return func(*args, **(kwargs or {}))
+
+
+def labels(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """The sample's labels, (examples,), the same for each layer."""
+    return dict.fromkeys(layers, y)
 
 
 def layer(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
@@ -191,7 +205,7 @@ def quality(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) 
     return dict.fromkeys(layers, found)
 
 
-GATHERED = (grad, hess_diag, hess_rows, acts_gram, acts_in, sensitivity, macs, positions, layer, place, acts_rows, quality)
+GATHERED = (grad, hess_diag, hess_rows, acts_gram, acts_in, sensitivity, macs, workload, positions, labels, layer, place, acts_rows, quality)
 PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in GATHERED}
 
 

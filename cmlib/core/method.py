@@ -180,7 +180,8 @@ def apart(flat: Any, like: dict[str, Tensor]) -> dict[str, Any]:
         values, masks = apart(flat.values, like), apart(flat.mask, like)
         state = {key: apart(v, like) for key, v in flat.state.items()}
         return {n: replace(flat, values=values[n], mask=masks[n], state={key: v[n] for key, v in state.items()}) for n in like}
-    return {n: part.reshape(*flat.shape[:-1], *w.shape) for (n, w), part in zip(like.items(), flat.split([w.numel() for w in like.values()], -1), strict=True)}
+    parts = flat.split([w.numel() for w in like.values()], -1)
+    return {n: part.reshape(*flat.shape[:-1], *w.shape) for (n, w), part in zip(like.items(), parts, strict=True)}
 
 
 def evidence_of(fn: Callable) -> tuple[str, ...]:

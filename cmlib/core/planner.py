@@ -142,8 +142,7 @@ class Planner:
             raise ValueError(f"{self.method.key} learns its own mask and would forget what was removed before; give it with_plain_weights(model)")
         if self.method.joint:
             whole = call(self.method.fn, end_to_end(self._given), {**knobs, "state": None})
-            values, masks = (apart(v, self.weights) for v in (whole.values, whole.mask))
-            made = {n: replace(whole, values=values[n], mask=masks[n]) for n in values}
+            made = apart(whole, {n: self.weights[n] for n in self._given})
         else:
             made = {n: call(self.method.fn, g, {**knobs, "state": None}) for n, g in self._given.items()}
         if self.method.filters is None or not call(self.method.filters, {}, knobs):
