@@ -46,7 +46,7 @@ def _options() -> argparse.ArgumentParser:
     )
     add("--roster", type=Path, help="students.csv with the columns id,first_name,last_name,email,lms_user_id; only id has to be there")
     add("--gradebook", metavar="URL", help="nbgrader's gradebook, e.g. sqlite:///gradebook.db: grades are entered, people's points read")
-    add("--seconds", type=float, help="the longest that one call of an answer may take")
+    add("--seconds", type=float, help="the longest that one cell, or one call of an answer, may take")
     add("--seed", type=int, help="the hidden checks' inputs (default: fresh ones for each submission)")
     add("--dangerously-without-a-box", action="store_true", help="run the submissions as yourself: whoever wrote one can then do what you can")
     return parser
@@ -109,7 +109,7 @@ def _results(exercise: source.Exercise, submissions: list[Submission], options: 
             todo.append(s)
     if len(todo) < len(submissions):
         print(f"{exercise.name}: {len(submissions) - len(todo)} of {len(submissions)} were graded before", file=sys.stderr)
-    limits = box.Limits(call=options.seconds) if options.seconds else box.Limits()
+    limits = box.Limits(cell=options.seconds, call=options.seconds) if options.seconds else box.Limits()
     work = partial(judge, exercise=exercise, seed=options.seed, limits=limits, boxed=not options.dangerously_without_a_box)
     run = partial(many.on_cluster, address=options.scheduler) if options.scheduler else partial(many.on_threads, jobs=options.jobs)
     progress = many.Progress(exercise.name, len(submissions), len(submissions) - len(todo))

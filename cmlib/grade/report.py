@@ -183,7 +183,12 @@ def _question(marks: Sequence[Mark]) -> str:
 def _hands(noted: Sequence[Row], waiting: Sequence[Row]) -> list[str]:
     lines = [f"\n{len(waiting)} submissions have free text to be graded by a person; until then it counts as nothing."] if waiting else []
     lines += [f"\n{len(noted)} need a look:"] if noted else []
-    return lines + [f"  {r.exercise} {r.student.id}: {'; '.join(r.notes)}" for r in noted]
+    return lines + [f"  {r.exercise} {r.student.id}: {_tame('; '.join(r.notes))}" for r in noted]
+
+
+def _tame(text: str) -> str:
+    """One line for the terminal: a note may quote a submission, which could move the cursor or forge lines."""
+    return "".join(c if c.isprintable() else " " for c in text[:400])
 
 
 STYLE = """

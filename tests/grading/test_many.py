@@ -4,13 +4,18 @@ import io
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from classroom import DOUBLE, answered, hand_in, put_source
 
+from cmlib.grade import box
+from cmlib.grade.__main__ import main
 from cmlib.grade.judge import Grade, Mark
 from cmlib.grade.many import RETRIES, Failure, Progress, on_cluster, on_threads, store, stored
 from cmlib.grade.submission import Submission
@@ -105,8 +110,11 @@ def kill_always(submission):
 
 @pytest.fixture(scope="module")
 def cluster():
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    distributed, dask = pytest.importorskip("distributed"), pytest.importorskip("dask")
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),  # as few deaths as will do: each takes seconds
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+    ):
         yield cluster
 
 
@@ -120,6 +128,114 @@ def test_a_submission_that_kills_every_worker_is_a_failure_of_its_own(cluster):
     outcome = dict(on_cluster(kill_always, CLASS, address=cluster.scheduler_address))
     assert re.match("KilledWorker: ", outcome.pop(CLASS[0]).reason)
     assert outcome == {s: graded(s) for s in CLASS[1:]}
+
+
+boxed = pytest.mark.skipif(bool(box.missing()), reason=f"without a box: {box.missing()}")
+WRONG = DOUBLE.replace("2", "3")
+
+
+class Class:
+    """Submissions in a folder, and the command that grades them."""
+
+    def __init__(self, folder):
+        self.folder, self.out = folder, folder / "grades"
+        put_source(folder / "source")
+
+    def options(self, *more):
+        return [str(w) for w in (self.folder / "submitted", "--out", self.out, "--source", self.folder / "source", *more)]
+
+    def points(self):
+        return {p.stem: Grade.from_json(p.read_text()).points for p in (self.out / "small").iterdir()}
+
+    def written(self):
+        return {p.stem: p.stat().st_mtime_ns for p in (self.out / "small").glob("*.json")}
+
+
+@pytest.fixture
+def school(tmp_path):
+    school = Class(tmp_path)
+    for i in range(6):
+        hand_in(tmp_path / "submitted", f"student{i}", answered(double=DOUBLE if i % 2 else WRONG))
+    return school
+
+
+EXPECTED = {f"student{i}": 7.0 if i % 2 else 5.0 for i in range(6)}  # of nothing three times is twice
+
+
+@boxed
+def test_killed_and_started_again_it_goes_on_where_it_was(school):
+    slow = "import time\ntime.sleep(0.5)\n" + DOUBLE
+    hand_in(school.folder / "submitted", "student5", answered(double=slow))
+    command = [sys.executable, "-m", "cmlib.grade", *school.options("--jobs", 1)]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as run:
+        while not school.out.exists() or len(list(school.out.glob("small/*.json"))) < 2:
+            time.sleep(0.01)
+            assert run.poll() is None
+        os.killpg(run.pid, signal.SIGKILL)
+    before = school.written()
+    assert 2 <= len(before) < 6 and not (school.out / "nbgrader.csv").exists()
+    assert main(school.options()) == 0
+    assert before.items() <= school.written().items() and school.points() == EXPECTED
+
+
+@boxed
+def test_only_what_changed_is_graded_again(school, capsys):
+    assert main(school.options("--seed", 1)) == 0
+    before = school.written()
+    hand_in(school.folder / "submitted", "student0", answered())
+    assert main(school.options("--seed", 1)) == 0
+    assert "5 of 6 were graded before" in capsys.readouterr().err
+    assert {s for s, t in school.written().items() if t != before[s]} == {"student0"}
+    assert school.points() == EXPECTED | {"student0": 7.0}
+    source = put_source(school.folder / "source2")
+    source.write_text(source.read_text().replace("weight=3", "weight=1"))
+    assert main(school.options("--source", school.folder / "source2")) == 0
+    assert all(t != before[s] for s, t in school.written().items())
+
+
+@boxed
+def test_a_cluster_gives_the_same_grades(school, cluster):
+    assert main(school.options("--scheduler", cluster.scheduler_address)) == 0
+    assert school.points() == EXPECTED
+
+
+def test_without_a_box_it_refuses_unless_told_by_a_name_that_warns(school, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(school.options()) == 2
+    assert "bubblewrap" in capsys.readouterr().err and not school.out.exists()
+    assert main(school.options("--dangerously-without-a-box")) == 0
+    assert school.points() == EXPECTED
+
+
+def test_a_grader_that_breaks_down_is_said_and_is_no_grade(school, monkeypatch, capsys):
+    def broken(submission, **_):
+        if submission.student == "student3":
+            raise OSError("no memory")
+        return graded(submission)
+
+    monkeypatch.setattr("cmlib.grade.__main__.judge", broken)
+    assert main(school.options("--dangerously-without-a-box")) == 1
+    assert "small student3: could not be graded, run again: OSError: no memory" in capsys.readouterr().out
+    assert "student3" not in school.written() and len(school.written()) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "nowhere is no folder"),
+        (["submitted", "--exercise", "large"], "no exercise large; there are small"),
+        (["flat"], "does not say which exercise this is: give --exercise, one of small"),
+        (["submitted", "--roster", "nowhere.csv"], "nowhere.csv"),
+        (["submitted", "--roster", "source/small/small.ipynb"], "names no column 'id'"),
+    ],
+)
+def test_a_wrong_call_is_a_line_that_says_what_is_wrong(school, options, message, monkeypatch, capsys):
+    monkeypatch.chdir(school.folder)
+    (school.folder / "flat").mkdir()
+    (school.folder / "flat" / "anna.ipynb").write_text("{}")
+    assert main([*options, "--source", "source", "--dangerously-without-a-box"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cmlib.grade: ") and message in line
 
 
 class Terminal(io.StringIO):

@@ -175,3 +175,9 @@ def test_all_files_are_written(tmp_path, rows):
         "moodle.csv",
         "nbgrader.csv",
     ]
+
+
+def test_a_note_cannot_act_on_the_terminal_or_forge_a_line():
+    evil = "code cell 1: raised E: \x1b[2J\nsmall zoe: 9 of 9\r" + "x" * 1000
+    text = summary([Row(ANNA, "small", 9, grade(notes=(evil,)))])
+    assert "\x1b" not in text and "\r" not in text and "\nsmall zoe" not in text and len(text) < 1200
