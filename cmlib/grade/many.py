@@ -76,6 +76,7 @@ def on_cluster(work: Work, todo: Sequence[Submission], *, address: str) -> Itera
         futures, failed = {submit(s): s for s in todo}, []
         for future in as_they_come(futures):
             outcome = _outcome(future)
+            future.release()  # else Dask makes the grade again when the worker that made it dies
             if isinstance(outcome, Failure):
                 failed.append(futures[future])
             else:
