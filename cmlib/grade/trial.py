@@ -130,6 +130,10 @@ class Trial:
         self.figures: dict[str, float] = {}
         self._tried, self._got = "", ""
 
+    def draw(self, low: int, high: int) -> int:
+        """A whole number from ``low`` to below ``high``."""
+        return int(self.rng.integers(low, high))
+
     def variant(self) -> dict[str, Any]:
         """The learner's own numbers for this question."""
         from .variants import variant

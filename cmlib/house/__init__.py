@@ -104,6 +104,11 @@ def notebooks(args: list[str]) -> int:
     return 0
 
 
+def exercises(args: list[str]) -> int:
+    """Build the exercises' student notebooks in exercises/release, or those named: [chapter01 ...]."""
+    return run([environment(), "-m", "cmlib.grade.release", *args])
+
+
 def lint(args: list[str]) -> int:
     """Check the code, or the paths given, with ruff."""
     ruff, paths = [environment(), "-m", "ruff"], args or ["."]
@@ -121,7 +126,9 @@ def clean(args: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {f.__name__: f for f in (setup, lab, voila, test, bench, fuzz, notebooks, lint, train, clean)}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    f.__name__: f for f in (setup, lab, voila, test, bench, fuzz, notebooks, exercises, lint, train, clean)
+}
 PLAIN = (setup, clean)  # these take no arguments
 
 

@@ -100,11 +100,11 @@ def the_visible_example(*args, **kw):
 # 1.2 Your own layer
 
 
-def _layer(n, size=None, separable=None, times=None, full=None):
-    size, pairs, taps = size or n["size"], n["cin"] * n["cout"], n["kernel"] ** 2
-    full = full or size**2 * pairs * taps
-    separable = separable or n["size"] ** 2 * (n["cin"] * taps + pairs)
-    return {"multiply_adds": full, "separable": separable, "times_fewer": times or full / separable}
+def _layer(n, **given):
+    """The right figures, but for those that are given."""
+    pixels, pairs, taps = n["size"] ** 2, n["cin"] * n["cout"], n["kernel"] ** 2
+    full, separable = pixels * pairs * taps, pixels * (n["cin"] * taps + pairs)
+    return {"multiply_adds": full, "separable": separable, "times_fewer": full / separable} | given
 
 
 @right("1.2")
@@ -127,7 +127,7 @@ def a_neighbours(n):
 
 @wrong("1.2", "the input is padded")
 def valid_convolution(n):
-    return _layer(n, size=n["size"] - n["kernel"] + 1)
+    return _layer(n, multiply_adds=n["cin"] * n["cout"] * (n["kernel"] * (n["size"] - n["kernel"] + 1)) ** 2)
 
 
 @wrong("1.2", "the pointwise layer is missing")
@@ -508,7 +508,7 @@ def gaps_by_rows(mask, k):
     return _sparse(mask, k, relative=_relative(int(mask.sum() + sum(np.sum(_gaps(row) >> k) for row in mask)), k))
 
 
-@wrong("1.6", "nothing kept")
+@wrong("1.6", "nothing kept takes no bytes")
 def gaps_from_the_first_weight(mask, k):
     places = np.flatnonzero(mask)
     gaps = [int(places[0]), *(np.diff(places) - 1).tolist()]
