@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Annotated
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..core.knobs import Keep, Pick, Span, Steps, Switch, Weight, WideBits
 from ..core.method import score, tool
@@ -143,12 +144,13 @@ def primal_dual(
 def small_norms(squares: list[Tensor]) -> Callable[[Tensor], Tensor]:
     """Of the share u_j of channels that each group keeps: the sum over groups of the share of ||w||^2 that its smallest others had, piecewise
     linear."""
-    kept = [torch.cat([s.new_zeros(1), s.sort(descending=True).values.cumsum(0)]) / s.sum().clamp(min=1e-30) for s in squares]
+    falling = nn.utils.rnn.pad_sequence([s.sort(descending=True).values / s.sum().clamp(min=1e-30) for s in squares], batch_first=True)
+    kept, counts = F.pad(falling.cumsum(1), (1, 0)), torch.tensor([float(len(s)) for s in squares]).to(falling)
 
     def loss(u: Tensor) -> Tensor:
-        at = [(share * (len(c) - 1), c) for share, c in zip(u, kept, strict=True)]
-        whole = [int(x.detach().floor().clamp(max=len(c) - 2)) for x, c in at]
-        return sum(1 - c[i] - (x - i) * (c[i + 1] - c[i]) for (x, c), i in zip(at, whole, strict=True))
+        below = (u.detach() * counts).floor().minimum(counts - 1).long()[:, None]
+        start, next_one = kept.gather(1, below)[:, 0], falling.gather(1, below)[:, 0]
+        return (1 - start - (u * counts - below[:, 0]) * next_one).sum()
 
     return loss
 

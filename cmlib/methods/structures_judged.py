@@ -264,7 +264,7 @@ def salient(w: Tensor, g: Tensor, channel: Tensor, keep: float, scope: str) -> T
 
 def _mask_anew(w, g, channel, mask, step, *, keep, every, scope):
     """The latent weights, and every so many steps the mask that the last batch's gradient asks for."""
-    return Masked(w, salient(w, g, channel, keep, scope) if every and step % every == 0 else mask, state={"mask": mask})
+    return Masked(w, salient(w, g, channel, keep, scope) if every and step % every == 0 else mask)
 
 
 @score("Lin, Ji, Li, Wu, Huang & Zhang 2018, Accelerating convolutional networks via global and dynamic filter pruning", chapter="03", joint=True,
