@@ -154,7 +154,7 @@ def write_copy(course: Path, submission: Submission, released: NotebookNode) -> 
 def autograded(cells: Iterable[tuple[str, str, str]], released: NotebookNode) -> NotebookNode:
     """The submission's cells (kind, nbgrader's id, text) in their order, nbgrader's own as released but for the answers.
 
-    Where an id comes twice, the longest text has it, as when judging; what is missing comes back at the end.
+    Where an id comes twice, the longest text has it, and the others are cells of the student's own; what is missing comes back at the end.
     """
     waiting = {c.metadata.nbgrader.grade_id: c for c in released.cells if "nbgrader" in c.metadata}
     cells, mine = list(cells), []

@@ -10,7 +10,7 @@ FIRST = "import numpy as np\nfrom cmlib.grade import trial"
 DOUBLE = "def double(x):\n    return 2 * np.asarray(x)"
 SHORTEST = 'def shortest(n):\n    return "x" * n'
 TEXT = "Because each weight is read once."
-UNANSWERED = "*Your answer*"
+UNANSWERED = "YOUR ANSWER HERE"  # what nbgrader puts into the student version
 
 DOUBLE_TESTS = """### BEGIN HIDDEN TESTS
 t = trial("9.1", globals())
@@ -54,7 +54,7 @@ def source():
         new_code_cell(DOUBLE_TESTS, metadata=_info("q9-1", points=3, locked=True)),
         new_code_cell(_solved(SHORTEST), metadata=_info("shortest", solution=True)),
         new_code_cell(SHORTEST_TESTS, metadata=_info("q9-2", points=4, locked=True)),
-        new_markdown_cell(UNANSWERED, metadata=_info("q9-3", points=2, solution=True)),
+        new_markdown_cell("**Rubric**: reuse of weights.", metadata=_info("q9-3", points=2, solution=True)),
     ]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     return new_notebook(cells=cells, metadata=kernel)
