@@ -198,7 +198,8 @@ def obs_step(t: Trial) -> None:
 def compress_net(t: Trial) -> None:
     net, given = subject()
     with t.part("three weights in the network's shapes, some of them removed"):
-        measured(net, t.call("compress_net", *given), None)
+        plan = _plan(net, t.call("compress_net", *given))
+        assert not all(packed.mask.all() for packed in plan.values()), "no weight is removed"
 
 
 @cache
@@ -228,15 +229,21 @@ def subject(rng: np.random.Generator | None = None) -> tuple[Any, tuple]:
     return net, (weights, biases, _images())
 
 
-def measured(net: Any, pruned: dict[str, Any], part: str | None) -> tuple[int, float]:
-    """(bytes of the file with these weights, share of right answers on a part of MNIST, or nan without one); AssertionError where they do not fit."""
-    import torch
-
+def measured(net: Any, pruned: dict[str, Any], part: str) -> tuple[int, float]:
+    """(bytes of the file with these weights, share of right answers on a part of MNIST); AssertionError where they do not fit the network."""
     from ..core.apply import attach_plan
-    from ..core.packed import Masked
     from ..lab.data import load_data
     from ..lab.files import length
     from ..lab.train import evaluate
+
+    plan = _plan(net, pruned)
+    return length(net, plan), evaluate(attach_plan(deepcopy(net), plan), load_data("mnist"), part=part)
+
+
+def _plan(net: Any, pruned: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from ..core.packed import Masked
 
     assert isinstance(pruned, dict) and set(pruned) == set(LAYERS), "a dict of fc1, fc2 and fc3 is asked for"
     plan = {}
@@ -245,4 +252,4 @@ def measured(net: Any, pruned: dict[str, Any], part: str | None) -> tuple[int, f
         assert w.shape == net.get_submodule(name).weight.shape, f"{name} has another shape"
         assert torch.isfinite(w).all(), f"{name} is not finite"
         plan[name] = Masked(w, w != 0)
-    return length(net, plan), evaluate(attach_plan(deepcopy(net), plan), load_data("mnist"), part=part) if part else float("nan")
+    return plan
