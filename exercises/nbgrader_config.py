@@ -7,5 +7,4 @@ c = get_config()  # noqa: F821  (nbgrader gives it)
 c.CourseDirectory.course_id = "cmlib"
 c.CourseDirectory.root = str(Path(__file__).resolve().parent)
 c.Exchange.path_includes_course = True
-c.ClearSolutions.text_stub = "Your answer here."
 c.ExecutePreprocessor.timeout = 60  # seconds a cell, where nbgrader itself runs a notebook (validate)

@@ -14,10 +14,10 @@ from cmlib.grade.variants import variant
 from cmlib.lab import cost
 
 MINE = solutions.reference
-ENTRIES = (
-    "parameters multiply_adds dense_parameters dense_multiply_adds separable times_fewer arithmetic weights activations bitmap csr relative w1 b1 w2 b2"
-).split()
-
+ENTRIES = [
+    "parameters", "multiply_adds", "dense_parameters", "dense_multiply_adds", "separable", "times_fewer", "arithmetic", "weights", "activations",
+    "bitmap", "csr", "relative", "w1", "b1", "w2", "b2",
+]  # fmt: skip
 CONSTANTS = [0, 1, -1.5, np.nan, np.inf, None, True, "", "faster", "inconclusive", b"", (0, 0), (1, 1), (np.nan, np.nan), np.ones((3, 3))]
 
 

@@ -158,7 +158,7 @@ def test_words_for_errors():
 
 
 def test_long_values_are_cut():
-    for value in (np.zeros((300, 300)), list(range(1000)), "x" * 1000, [np.zeros(1000)] * 100, {i: i for i in range(100)}):
+    for value in (np.zeros((300, 300)), list(range(1000)), "x" * 1000, [np.zeros(1000)] * 100, {i: i for i in range(100)}, {"w": np.zeros((64, 64))}):
         assert len(show(value)) < 800
     assert show(np.zeros((300, 300))).endswith("of shape (300, 300)") and show(double) == "double"
 
