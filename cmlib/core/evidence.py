@@ -77,6 +77,19 @@ def acts_in(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) 
     return {name: a for name, (a, _) in seen.items()}
 
 
+def arriving(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
+    """What comes to each layer before any rounding of its inputs, (examples, ...)."""
+    seen: Evidence = {}
+    handles = [m.register_forward_pre_hook(lambda _, i, n=n: seen.__setitem__(n, i[0].detach().clone()), prepend=True) for n, m in layers.items()]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
 def acts_gram(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
     """Second moment of a layer's inputs, (groups, k, k): mean over examples (and positions) of patch patch^T, k weights an output."""
     total: Evidence = {}
@@ -193,19 +206,47 @@ def at_places(columns: Tensor, draw: torch.Generator) -> Tensor:
 
 def quality(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, Callable[[Tensor], float]]:
     """A function of all covered weights laid end to end: the network's accuracy with them (minus its loss where labels are no classes)."""
-    shapes = {f"{name}.weight": m.weight.shape for name, m in layers.items()}
 
     def found(flat: Tensor) -> float:
-        parts = flat.split([s.numel() for s in shapes.values()])
-        weights = {n: p.reshape(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
-        with torch.no_grad(), in_evaluation(model):
-            z = torch.func.functional_call(model, weights, x)
+        with torch.no_grad():
+            z = _with_weights(model, layers, flat, x)
             return -loss(z, y).item() if y.is_floating_point() else (z.argmax(1) == y).double().mean().item()
 
     return dict.fromkeys(layers, found)
 
 
-GATHERED = (grad, hess_diag, hess_rows, acts_gram, acts_in, sensitivity, macs, workload, positions, labels, layer, place, acts_rows, quality)
+def loss_at(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, Callable[[Tensor], Tensor]]:
+    """A function of all covered weights laid end to end: the network's mean loss with them, differentiable."""
+    return dict.fromkeys(layers, lambda flat: loss(_with_weights(model, layers, flat, x), y))
+
+
+def _with_weights(model: nn.Module, layers: Layers, flat: Tensor, x: Tensor) -> Tensor:
+    """The outputs with the covered weights ``flat``, laid end to end."""
+    shapes = {f"{name}.weight": m.weight.shape for name, m in layers.items()}
+    parts = flat.split([s.numel() for s in shapes.values()])
+    with in_evaluation(model):
+        return torch.func.functional_call(model, {n: p.reshape(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}, x)
+
+
+GATHERED = (
+    grad,
+    hess_diag,
+    hess_rows,
+    acts_gram,
+    acts_in,
+    arriving,
+    sensitivity,
+    macs,
+    workload,
+    positions,
+    labels,
+    layer,
+    place,
+    acts_rows,
+    quality,
+    loss_at,
+)
+OF_WEIGHTS = {"quality", "loss_at"}  # what the network does with other weights, which a plain copy takes
 PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in GATHERED}
 
 

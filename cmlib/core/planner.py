@@ -20,8 +20,8 @@ from .apply import Plan, plan_of, weighted, with_plain_weights
 from .channel_evidence import CHANNEL_PROVIDERS, WITHOUT_DATA, into_reader, reader_of
 from .channels import Structure, Vectors, example_of
 from .codes import SparseCodes
+from .evidence import OF_WEIGHTS, Evidence, Loss, in_evaluation
 from .evidence import PROVIDERS as LAYER_PROVIDERS
-from .evidence import Evidence, Loss, in_evaluation
 from .inputs import as_input, device_of, sample
 from .knobs import nearest
 from .method import Method, apart, call, end_to_end
@@ -153,7 +153,7 @@ class Planner:
     def _quantized(self, knobs: dict[str, Any]) -> Plan:
         """Codes for every covered layer; of one that was pruned before, for the weights that are left."""
         plan: Plan = {}
-        for name, given in self._given.items():
+        for name, given in self._told(knobs).items():
             before = self.previous.get(name)
             if before is None or before.kept == self.weights[name].numel():
                 plan[name] = call(self.method.fn, given, {**knobs, "state": None})
@@ -166,6 +166,13 @@ class Planner:
                     before if isinstance(codes, Masked) else SparseCodes(given["w"], before.mask, codes, state=codes.state, vectors=before.vectors)
                 )
         return plan
+
+    def _told(self, knobs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The layers' evidence, with what the method works out for all of them jointly."""
+        if self.method.jointly is None:
+            return self._given
+        found = apart(call(self.method.jointly, end_to_end(self._given), knobs), self.weights)
+        return {n: {**given, self.method.jointly.__name__: found[n]} for n, given in self._given.items()}
 
     def _as_before(self, name: str, packed: Packed) -> Packed:
         """The packed value with the rounding of inputs that the layer had before."""
@@ -193,7 +200,7 @@ class Planner:
         if self.data is None:
             raise ValueError(f"{self.method.key} reads off data what inputs are rounded to: pass data=load_data(...) or a pair (images, labels), "
                              "or a_bits=32, which leaves inputs as they are")  # fmt: skip
-        return gather(self.model, self.layers, "acts_in", self.data, self.loss, INPUT_IMAGES, self.method.key)
+        return gather(self.model, self.layers, "arriving", self.data, self.loss, INPUT_IMAGES, self.method.key)
 
     def _filters(self, ranking: Ranking, knobs: dict[str, Any]) -> Plan:
         """Filters with all that belongs to their channels, in every layer that is tied to a covered one; the network's outputs stay."""
@@ -283,6 +290,9 @@ def gather(
         raise ValueError(f"{owner} asks for {name}, which needs data: pass data=load_data(...) or a pair (images, labels)")
     if samples < 1:
         raise ValueError(f"samples={samples}: {name} is gathered on at least one image")
+    if name in OF_WEIGHTS:
+        model = with_plain_weights(model)
+        layers = {n: model.get_submodule(n) for n in layers}
     pair = (example_of(model), torch.zeros(1, dtype=torch.int64)) if data is None else sample(data, samples)
     x, y = (t.to(device_of(model)) for t in pair)
     fixed = [p for p in model.parameters() if not p.requires_grad]

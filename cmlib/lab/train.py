@@ -199,4 +199,5 @@ def _rate(rule: torch.optim.Optimizer, schedule: str, steps: int) -> torch.optim
     if schedule != "cosine":
         raise ValueError(f"schedule={schedule!r}; allowed are 'cosine' and 'constant'")
     highest = [group["lr"] for group in rule.param_groups]
-    return torch.optim.lr_scheduler.OneCycleLR(rule, highest, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
+    total = steps + 1 if steps != 9 else steps + 2  # of ten, torch divides by a rise of no steps
+    return torch.optim.lr_scheduler.OneCycleLR(rule, highest, total_steps=total, pct_start=0.1, cycle_momentum=False)

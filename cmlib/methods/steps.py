@@ -57,7 +57,7 @@ class Fitted(NamedTuple):
 
 
 def transformed(x: Tensor, w: Tensor, t: Tensor, alpha: Tensor, grid: tuple[Tensor, Tensor] | None, weights: Tensor, lam: float,
-                passes: int = 10) -> Fitted:  # fmt: skip
+                passes: int = 50) -> Fitted:  # fmt: skip
     """min |Y - Q(Z)|^2 + lam |Z - alpha X t|^2 from t and alpha on: Z, alpha and every entry of t in turn the best for the others.
 
     Y = Q(X w), of inputs x (samples, groups, k) and weights w (groups, filters, k). Q is a ``grid`` (thresholds, levels), or the identity, of
@@ -82,7 +82,6 @@ def transformed(x: Tensor, w: Tensor, t: Tensor, alpha: Tensor, grid: tuple[Tens
         objective.append(((y - q).square() + lam * (z - v()).square()).sum().item())
 
     for _ in range(passes):
-        last = t
         z = (y + lam * v()) / (1 + lam) if grid is None else nearest_preimage(y, v(), thresholds, levels, lam)
         note(z)
         target = (z * std + mean) @ x
@@ -90,7 +89,7 @@ def transformed(x: Tensor, w: Tensor, t: Tensor, alpha: Tensor, grid: tuple[Tens
         note(z)
         t = swept(target, gram, t, alpha, weights)
         note(z)
-        if torch.equal(t, last):
+        if objective[-1] > (1 - 1e-4) * objective[-3]:
             break
     return Fitted(t, alpha, objective)
 
@@ -147,22 +146,23 @@ def _towards_codes(g, w, alpha, delta, *, a1, a2):
            exempt={"trains": "with a portion of 1 every weight is rounded at once, and stays"})  # fmt: skip
 def elq(
     w, *, code_set: Annotated[str, Pick("binary", "ternary")] = "ternary", portion: Weight = 1.0,
-    partition: Annotated[str, Pick(*PARTITIONS)] = PARTITIONS[0], a1: Annotated[float, Span(0, 10)] = 1.0,
+    partition: Annotated[str, Pick(*PARTITIONS)] = PARTITIONS[0], a1: Annotated[float, Span(0, 10)] = 0.3,
     a2: Annotated[float, Span(0, 10)] = 0.1, state: State | None = None,
 ):  # fmt: skip
     """Explicit loss-error-aware quantization (ELQ), as we read it.
 
     As ``inq``, a ``portion`` of the weights takes its code c and stays, in stages with training between, and the rest, still float, is drawn to its
     codes: by what they change of the loss, a1 sum |g (w - c)|, g = dL/dw, and by their distance, a2 |w - c|^2 (survey 001, 2.2.5 [92]). Codes are
-    -alpha, 0, alpha of ``ternary_weight_networks``, or +-mean |w|, found once. With a1 = 1 a weight moves only towards its code, twice as fast. The
-    sum of absolute values bounds |L(w) - L(c)| to first order; its form is our reading of the abstract, the paper's may differ.
+    -alpha, 0, alpha of ``ternary_weight_networks``, or +-mean |w|, found once. With a1 = 1 a weight moves only towards its code, twice as fast, and
+    no more makes up for the others. The sum of absolute values bounds |L(w) - L(c)| to first order; its form is our reading of the abstract, the
+    paper's may differ.
     """
     flat = w.detach().flatten()
     if state is None:
         start, zero = ternary_weight_networks(flat), torch.zeros_like(flat, dtype=torch.bool)
         ternary = code_set == "ternary"
-        scale = {"alpha": start.params[0, 0] if ternary else flat.abs().mean(), "delta": 0.7 * flat.abs().mean() if ternary else -flat.new_ones(())}
-        state = {**scale, "frozen": zero, "index": zero.long() + 1}
+        alpha, delta = (start.params[0, 0], 0.7 * flat.abs().mean()) if ternary else (flat.abs().mean(), -flat.new_ones(()))
+        state = {"alpha": alpha, "delta": delta, "frozen": zero, "index": zero.long() + 1}
     state = taken(flat, state, portion, partition, lambda v: nearest_of_three(v, state["delta"]))
     if code_set == "binary" and state["frozen"].all():
         return Codes(w, state["index"][None] // 2, 2 * state["alpha"].reshape(1, 1), 2, straight=False, state=state)
