@@ -7,9 +7,11 @@ import itertools
 import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import nn
 
 from cmlib.core.apply import attached, latent, penalty, plan_of
@@ -19,7 +21,7 @@ from cmlib.lab.nets import range_normed
 from cmlib.lab.train import evaluate, fit
 from cmlib.lab.verbs import compress
 from cmlib.lab.zoo import build
-from cmlib.methods import catalog, codebooks, discrete, formats
+from cmlib.methods import bits_chosen, catalog, codebooks, discrete, formats
 from cmlib.methods.binary import he_std
 from cmlib.methods.prune import kl_log_uniform, log_alpha
 
@@ -443,3 +445,106 @@ def test_q_cnn_a_layer_that_reads_what_it_always_did_keeps_its_weight_in_order()
     data = normal(30, 4, 6, 6), torch.zeros(30, dtype=torch.long)
     exact = compress_in_order(model, "q_cnn", data, k=256, samples=30)  # as many words as vectors: nothing is lost on the way
     assert all(torch.allclose(p.dense(), model.get_submodule(n).weight, atol=1e-7) for n, p in plan_of(exact).items())
+
+
+# adaptive quantization
+
+
+def tolerances(slope, budget, most):
+    return bits_chosen.water_filled(torch.tensor(slope, dtype=F64), budget, torch.tensor(most, dtype=F64))
+
+
+@pytest.mark.parametrize("most", [10.0, 0.3, 0.1])
+def test_adaptive_quantization_tolerances_are_slsqps(most):
+    for seed in range(3):
+        slope = (normal(6, seed=seed).abs() + 0.05).numpy()
+        found = tolerances(slope, 0.4, [most] * 6).numpy()
+        best = minimize(lambda t: -np.log2(t).sum(), np.full(6, 1e-3), jac=lambda t: -1 / (t * math.log(2)), method="SLSQP",
+                        bounds=[(1e-9, most)] * 6, constraints={"type": "ineq", "fun": lambda t, s=slope: 0.4 - s @ t, "jac": lambda t, s=slope: -s},
+                        options={"maxiter": 500, "ftol": 1e-14})  # fmt: skip
+        assert np.allclose(found, best.x, rtol=1e-4), best
+        if most == 10.0:
+            assert np.allclose(found, 0.4 / (6 * slope), rtol=1e-12)  # nothing held back: (Lbar - L) / (n |g|)
+        assert slope @ found <= 0.4 + 1e-12
+
+
+def test_adaptive_quantization_shares_what_the_held_back_leave():
+    assert torch.allclose(tolerances([1.0, 1.0, 0.1], 1.0, [1.0, 1.0, 1.0]), torch.tensor([0.45, 0.45, 1.0], dtype=F64))
+    assert torch.equal(tolerances([1.0, 0.0], 5.0, [1.0, 2.0]), torch.tensor([1.0, 2.0], dtype=F64))  # all are held back
+    assert torch.equal(tolerances([1.0, 0.0], 0.0, [1.0, 2.0]), torch.tensor([0.0, 2.0], dtype=F64))
+    assert torch.allclose(tolerances([2.0, 2.0, 2.0], 0.3, [1.0, 1.0, 1.0]), torch.full((3,), 0.05, dtype=F64))
+
+
+def test_adaptive_quantization_takes_the_fewest_bits_that_keep_the_tolerance():
+    w, tau, reach = 2 * torch.rand(2000, dtype=F64) - 1, torch.exp2(-6 * torch.rand(2000, dtype=F64)), torch.tensor(1.0, dtype=F64)
+    w[0] = 1.0  # the layer's reach
+    bits = bits_chosen.bits_for(w, tau, reach, 8)
+    packed = call(catalog()["adaptive_quantization"].fn, {"w": w, "tolerance": tau}, {"state": None})
+    lost = (packed.dense() - w).abs()
+    assert (lost <= tau * (1 + 1e-9)).all() and bits.unique().numel() == 7
+    assert (w.abs() > tau)[bits > 0].all() and not packed.dense()[bits == 0].any()
+    some = bits > 1
+    assert (torch.exp2(-(bits[some] - 1.0)) > tau[some]).all()  # a bit less would not do
+    same = bits_chosen.bits_for(w, torch.full_like(w, 0.2), reach, 8)
+    assert set(same.tolist()) == {0, 3} and torch.equal(same == 0, w.abs() <= 0.2)  # equal slopes: one width, or none
+    assert (bits_chosen.bits_for(w, 1e-9 * tau, reach, 5) == 5).all()
+
+
+def regression(seed, spread=2.0):
+    """A linear regression near its optimum, whose inputs are of unlike sizes: (the layer, data, mean squared error / 2)."""
+    torch.manual_seed(seed)
+    x = torch.randn(200, 24, dtype=F64) * torch.logspace(-spread, 0, 24, dtype=F64)
+    model = nn.Sequential(nn.Linear(24, 3, bias=False)).double()
+    with torch.no_grad():
+        y = model(x) + 0.1 * torch.randn(200, 3, dtype=F64)
+    return model, (x, y), lambda z, t: (z - t).square().mean() / 2
+
+
+def adapted(seed, **knobs):
+    model, data, loss = regression(seed)
+    copy = compress(model, "adaptive_quantization", data=data, loss=loss, **knobs)
+    packed = plan_of(copy)["0"]
+    bits = sum(t.codes.index.numel() * t.codes.width for t in getattr(packed, "terms", ())) / packed.values.numel()
+    with torch.no_grad():
+        return bits, (loss(copy(data[0]), data[1]) - loss(model(data[0]), data[1])).item()
+
+
+def test_adaptive_quantization_keeps_the_loss_within_its_budget_with_ever_fewer_bits():
+    budgets = (1e-4, 1e-3, 1e-2, 1e-1)
+    found = [[adapted(seed, loss_budget=b, trust_region=1.0, n_iterations=12) for b in budgets] for seed in range(5)]
+    for row in found:
+        assert all(rise <= b + 1e-12 for (_, rise), b in zip(row, budgets, strict=True))
+        assert all(more[0] >= less[0] for more, less in itertools.pairwise(row))
+    assert sum(row[0][0] for row in found) > 1.3 * sum(row[2][0] for row in found)
+
+
+def test_adaptive_quantization_takes_fewer_bits_than_one_width_at_the_same_loss():
+    """Counted as the paper counts: which weight has how many bits is free."""
+    ours, same = [], []
+    for seed in range(5):
+        model, data, loss = regression(seed)
+        w = model[0].weight.detach()
+        index, step = bits_chosen.numbered(w, 4, w.abs().max())
+        with torch.no_grad():
+            rise = loss(data[0] @ ((index + 0.5) * step - w.abs().max()).T, data[1]) - loss(model(data[0]), data[1])
+        bits, lost = adapted(seed, loss_budget=rise.item(), trust_region=1.0, n_iterations=20)
+        assert lost <= rise
+        ours, same = [*ours, bits], [*same, 4]
+    assert sum(ours) < 0.8 * sum(same)
+
+
+def test_adaptive_quantization_pays_for_saying_who_has_how_many_bits(digits64):
+    torch.manual_seed(0)
+    model, digits64 = build("mlp", "digits").double(), tuple(t[:400] for t in digits64)
+    fit(model, digits64, epochs=15, lr=0.02)
+    copy = compress(model, "adaptive_quantization", data=digits64)
+    packed = plan_of(copy)["fc1"]
+    payload = sum(8 * math.ceil(t.codes.index.numel() * t.codes.width / 8) for t in packed.terms)
+    places = sum(8 * math.ceil(min(packed.values.numel(), t._gaps[2] * len(t._gaps[1])) / 8) for t in packed.terms)
+    assert packed.bits() == payload + places + 64 * len(packed.terms) and places > 0.5 * packed.values.numel()
+    assert evaluate(copy, digits64) > evaluate(model, digits64) - 0.05
+    before = {n: p.dense() for n, p in plan_of(copy).items()}
+    fit(copy, digits64, epochs=1, lr=0.01)
+    after = plan_of(copy)
+    assert not torch.equal(after["fc1"].dense(), before["fc1"])
+    assert torch.equal(after["fc1"].dense() == 0, before["fc1"] == 0)  # the widths stay

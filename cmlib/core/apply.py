@@ -74,7 +74,7 @@ class Attached(nn.Module):
         """The packed value that stands for latent weight ``w`` now."""
         if self.method is None:
             return self.fixed.at(w)
-        given = {**dict.fromkeys(self.method.asks), "w": w if self.pruned is None else w[self.pruned], "training": training}
+        given = {**dict.fromkeys(evidence_of(self.method.fn)), "w": w if self.pruned is None else w[self.pruned], "training": training}
         learned = call(self.method.fn, given, {**self.knobs, "state": self.content()})
         if self.pruned is not None:
             learned = SparseCodes(w, self.pruned, learned, state=learned.state)

@@ -333,5 +333,5 @@ def _under(i: int, arrays: Arrays) -> Arrays:
     return {n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)}
 
 
-TERMS: dict[str, type[Packed]] = {"masked": Masked, "codes": Codes}  # of a sum
+TERMS: dict[str, type[Packed]] = {"masked": Masked, "codes": Codes, "sparse codes": SparseCodes}  # of a sum
 KEPT: dict[str, type[Packed]] = {**TERMS, "sum": Sum}  # of what pruning left

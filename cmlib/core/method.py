@@ -58,7 +58,8 @@ class Method:
     alone; ``errors(g, **knobs)``: the rounded gradient at the layers' outputs; ``weight_errors(g, rounded, **knobs)``: what the weights' gradient
     is worked out from where that is not ``rounded``, which ``errors`` gave; ``saves(x, **knobs)``: what training keeps of the inputs to work out
     the weights' gradient from, which alone changes; the knobs of all four join the method's. ``exempt`` names laws that it
-    cannot meet, with the reason.
+    cannot meet, with the reason. ``jointly(<evidence>, **knobs)`` sees all covered weights laid end to end before the function sees a layer's, and
+    what it gives for these weights is evidence by its name.
     """
 
     fn: Callable
@@ -66,6 +67,7 @@ class Method:
     paper: str
     chapter: str
     joint: bool = False
+    jointly: Callable | None = None
     repair: Callable | None = None
     rebuild: Callable | None = None
     training: Training = Training()
@@ -97,8 +99,10 @@ class Method:
 
     @cached_property
     def asks(self) -> tuple[str, ...]:
-        """The evidence that the function takes, in order."""
-        return evidence_of(self.fn)
+        """The evidence that the function takes, in order, and what it works out jointly."""
+        if self.jointly is None:
+            return evidence_of(self.fn)
+        return tuple(dict.fromkeys(n for fn in (self.fn, self.jointly) for n in evidence_of(fn) if n != self.jointly.__name__))
 
     @property
     def no_plan(self) -> str:
@@ -128,7 +132,7 @@ class Method:
     @cached_property
     def companions(self) -> tuple[Callable, ...]:
         """The function, and those that round what its layers read, keep and get back."""
-        return tuple(fn for fn in (self.fn, self.acts, self.errors, self.weight_errors, self.saves) if fn is not None)
+        return tuple(fn for fn in (self.fn, self.jointly, self.acts, self.errors, self.weight_errors, self.saves) if fn is not None)
 
     @cached_property
     def own_knobs(self) -> dict[str, Knob]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import entropy, storage
 from .codes import TERMS, SparseCodes, Sum
 from .packed import Arrays, Packed, Streams, Widths
-from .sites import INPUTS, Input
+from .rounding import INPUTS, Input
 from .spectral import Spectral
 
 CODERS = ("huffman", "ans")
@@ -183,5 +183,5 @@ def entropy_coded(packed: Packed, coder: str = "huffman") -> Coded:
 
 
 TYPES: dict[str, type[Packed]] = {
-    **TERMS, "spectral": Spectral, "sparse codes": SparseCodes, "sum": Sum, "sited": Sited, "perforated": Perforated, "coded": Coded
+    **TERMS, "spectral": Spectral, "sum": Sum, "sited": Sited, "perforated": Perforated, "coded": Coded
 }  # the name in a file's header  # fmt: skip

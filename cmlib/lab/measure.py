@@ -151,9 +151,9 @@ def bare(packed: Packed) -> Packed:
 def codes_in(packed: Packed) -> list[Codes]:
     """The codes that a packed value is made of, in order; none where its weights are floats."""
     packed = bare(packed)
-    packed = packed.codes if isinstance(packed, SparseCodes) else packed
-    parts = packed.terms if isinstance(packed, Sum) else (packed,)
-    return [c for p in parts for c in (codes_in(p) if isinstance(p, Sum) else [p] if isinstance(p, Codes) else [])]
+    if isinstance(packed, (SparseCodes, Sum)):
+        return [c for p in (packed.terms if isinstance(packed, Sum) else (packed.codes,)) for c in codes_in(p)]
+    return [packed] if isinstance(packed, Codes) else []
 
 
 def input_bits(packed: Packed) -> int | None:

@@ -35,7 +35,8 @@ def turn(model: nn.Module, **knobs: Any) -> nn.Module:
     for a in layers:
         elsewhere = {name for fn in a.method.companions[1:] for name in knobs_of(fn)}
         if fixed := elsewhere & knobs.keys():
-            raise ValueError(f"{min(fixed)} of {a.method.key} is a knob of inputs or gradients, which stay; compress(..., {min(fixed)}=...) sets it")
+            what = "inputs or gradients, or of all layers at once, which stay"
+            raise ValueError(f"{min(fixed)} of {a.method.key} is a knob of {what}; compress(..., {min(fixed)}=...) sets it")
         a.knobs = a.method.bind({**a.knobs, **knobs})
     return model
 

@@ -8,6 +8,7 @@ from ..core.knobs import nearest
 from ..core.method import Method
 from . import (
     binary,
+    bits_chosen,
     codebooks,
     discrete,
     energy,
@@ -26,7 +27,7 @@ from . import (
 
 CHAPTERS: tuple[ModuleType, ...] = (
     prune, prune_neurons, prune_training, prune_budgets, structures, structures_judged, energy,
-    quantize, grids, codebooks, binary, fewbits, formats, discrete, steps,
+    quantize, grids, codebooks, binary, fewbits, formats, discrete, bits_chosen, steps,
 )  # fmt: skip
 
 
