@@ -21,6 +21,8 @@ def groups(shape, unit):
     if unit == "channel":
         area = rest // shape[1]
         return [[at(r, i * area + k) for r in range(out) for k in range(area)] for i in range(shape[1])]
+    if unit == "shape":
+        return [[at(r, c) for r in range(out)] for c in range(rest)]
     if unit == "kernel":
         area = rest // shape[1]
         return [[at(r, i * area + k) for k in range(area)] for r in range(out) for i in range(shape[1])]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from .codes import SparseCodes
 from .method import Method, apart, call, end_to_end, evidence_of
 from .packed import Masked, Packed, State, laid_like
 from .perforate import attach_places, detach_places, places_of
-from .sites import INPUTS, Site, attach_site, detach_site, input_of, inputs_at, rounds_gradients
+from .rounding import INPUTS
+from .sites import Site, attach_site, detach_site, input_of, inputs_at, rounds_gradients
 from .wrapped import around, within
 
 Plan = dict[str, Packed]
@@ -70,6 +72,17 @@ class Attached(nn.Module):
     def content(self) -> State:
         return {**self.rest, **dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
 
+    @property
+    def normed(self) -> bool:
+        """Whether batch norm stands right behind the layer."""
+        return any(name.endswith(".weight") for name, _ in self.vectors)
+
+    def gain(self, state: State, training: bool) -> Tensor | None:
+        """What the method multiplies each channel with, (out,) or (1,); None where it does not."""
+        if self.method is None or self.method.training.gain is None:
+            return None
+        return call(self.method.training.gain, {**state, "training": training}, self.knobs)
+
     def packed(self, w: Tensor, training: bool = False) -> Packed:
         """The packed value that stands for latent weight ``w`` now."""
         if self.method is None:
@@ -78,6 +91,9 @@ class Attached(nn.Module):
         learned = call(self.method.fn, given, {**self.knobs, "state": self.content()})
         if self.pruned is not None:
             learned = SparseCodes(w, self.pruned, learned, state=learned.state)
+        gain = None if self.normed else self.gain(learned.state, training)
+        if gain is not None:
+            learned = learned.at(learned.values * gain.reshape(-1, *[1] * (w.dim() - 1)))
         return replace(learned, vectors=self.vectors) if self.vectors else learned
 
     def forward(self, w: Tensor) -> Tensor:
@@ -87,9 +103,10 @@ class Attached(nn.Module):
         return laid_like(packed.through(packed.values), w)
 
     def _remember(self, state: State) -> None:
+        held = {**self._parameters, **self._buffers}
         for name, value in state.items():
-            if isinstance(value, Tensor) and name in self._buffers and value is not self._buffers[name]:
-                getattr(self, name).copy_(value.detach())
+            if isinstance(value, Tensor) and name in held and value is not held[name]:
+                held[name].detach().copy_(value.detach())
             elif not isinstance(value, Tensor):
                 self.rest[name] = value
 
@@ -153,32 +170,46 @@ def attach(layer: nn.Module, packed: Packed, method: Method | None = None, knobs
 
 def attach_plan(model: nn.Module, plan: Plan, method: Method | None = None, knobs: dict[str, Any] | None = None) -> nn.Module:
     """Attach every packed value of ``plan`` to its layer, and to the vectors that go with its rows; the model itself, changed."""
+    layers = {name: model.get_submodule(name) for name in plan}
+    for _, owner, parameter in held(model):
+        if any(isinstance(p, Held) and p.of[0] in layers.values() for p in owner.parametrizations[parameter]):
+            owner.parametrizations[parameter].original.data.copy_(with_gains(owner, parameter))  # what was learned stays
     for name, packed in plan.items():
-        layer = model.get_submodule(name)
-        attach(layer, packed, method, knobs)
+        attach(layers[name], packed, method, knobs)
         for vector, start in packed.vectors:
             owner, _, parameter = vector.rpartition(".")
-            _hold(model.get_submodule(owner), parameter, Held(layer, start))
+            _hold(model.get_submodule(owner), parameter, Held(layers[name], start, owner == name))
     return model
 
 
 class Held(nn.Module):
     """Holds a bias or a batch norm's parameter at zero where the filters that it belongs to are gone (a torch parametrization).
 
-    While a method still learns which filters go, the vector is left alone in training, so that a filter can come back.
+    While a method still learns which filters go, the vector is left alone in training, but for the method's gain, so that a filter can come back.
     """
 
-    def __init__(self, layer: nn.Module, start: int) -> None:
+    def __init__(self, layer: nn.Module, start: int, own: bool) -> None:
         super().__init__()
-        self.of, self.start = (layer,), start  # in a tuple: the layer is not a part of this module
+        self.of, self.start, self.own = (layer,), start, own  # in a tuple: the layer is not a part of this module
+
+    @property
+    def between(self) -> Attached:
+        return next(p for p in self.of[0].parametrizations.weight if isinstance(p, Attached))
+
+    def with_gain(self, v: Tensor, training: bool) -> Tensor:
+        """The vector times what the method multiplies the channels with; the layer's own bias only where no batch norm follows."""
+        gain = None if self.own and self.between.normed else self.between.gain(self.between.content(), training)
+        if gain is None:
+            return v
+        count = len(latent(self.of[0]))
+        return v * F.pad(gain.expand(count), (self.start, len(v) - self.start - count), value=1.0)
 
     def forward(self, v: Tensor) -> Tensor:
-        layer = self.of[0]
-        between = next(p for p in layer.parametrizations.weight if isinstance(p, Attached))
+        v, between = self.with_gain(v, self.training), self.between
         if between.method is not None and self.training:
             return v
         with torch.no_grad():
-            rows = between.packed(latent(layer)).rows
+            rows = between.packed(latent(self.of[0])).rows
         stays = torch.ones_like(v, dtype=torch.bool)
         stays[self.start : self.start + len(rows)] = rows
         return torch.where(stays, v, 0.0)
@@ -238,6 +269,13 @@ def held(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             for parameter, chain in module.parametrizations.items():
                 if any(isinstance(p, Held) for p in chain):
                     yield name, module, parameter
+
+
+def with_gains(owner: nn.Module, parameter: str) -> Tensor:
+    """A held vector times what methods that still learn multiply its channels with."""
+    chain = owner.parametrizations[parameter]
+    with torch.no_grad():
+        return functools.reduce(lambda v, p: p.with_gain(v, False) if isinstance(p, Held) else v, chain, chain.original)
 
 
 def with_plain_weights(model: nn.Module) -> nn.Module:
@@ -330,7 +368,7 @@ def attached_hooks(model: nn.Module, epoch: int = 1, gathered: Callable[[dict[st
                 for n, w in weights.items():
                     w.copy_(new[n].values if isinstance(new[n], Masked) else new[n])
                     if isinstance(new[n], Masked):
-                        found[n][1]._remember({"mask": new[n].mask})
+                        found[n][1]._remember({"mask": new[n].mask, **new[n].state})
 
     return [Hook(gradients=rewrite, after=project)] if alike or rewritten else []
 

@@ -36,15 +36,18 @@ class Training:
     ``gradient(g, [lr, w, <state>], **knobs)``: what takes the place of the latent weight's gradient.
     ``penalty(packed, [w, examples, progress], **knobs)``: a scalar added to the task's mean loss; ``w`` is the latent weight, ``examples`` the
     number of training examples, ``progress`` goes from 0 to 1. ``project(w, [g, lr, step, epoch_ends, <state>, <evidence>], **knobs)``: the weight
-    after each optimizer step, or a ``Masked`` value whose mask becomes the state's; ``g`` is the step's gradient, evidence is gathered anew on a
-    batch's worth of training examples.
+    after each optimizer step, or a ``Masked`` value whose mask and state become the state's; ``g`` is the step's gradient, evidence is gathered anew
+    on a batch's worth of training examples.
     ``variance(packed)``: the weight's variance, sampled at the pre-activations (local reparameterization).
+    ``gain(<state>, training)``: what multiplies each channel of the layer, (out,) or (1,): its weight and bias, or where batch norm stands right
+    behind, which would undo that, its scale and shift. For methods that remove filters.
     """
 
     penalty: Callable | None = None
     gradient: Callable | None = None
     project: Callable | None = None
     variance: Callable | None = None
+    gain: Callable | None = None
 
 
 @dataclass(frozen=True, eq=False)

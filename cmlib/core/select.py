@@ -1,9 +1,9 @@
 """From scores to masks: what a unit is, which units compete with one another, and how many stay.
 
 A unit is what is removed whole: a single weight, a row of the weight matrix (an output neuron), a filter (a row with all that belongs to its
-channel: see ``channels``), an input channel, a 2-D kernel, a block, or n weights of every m. Its score is the sum of its weights' scores, or what
-the method says of it where the method scores filters. ``scope`` says whether units compete within their layer or across the whole network. The same
-numbers always give the same mask, and masks are nested in ``keep``.
+channel: see ``channels``), an input channel, a shape (a column of the weight matrix: the same place in all filters), a 2-D kernel, a block, or n
+weights of every m. Its score is the sum of its weights' scores, or what the method says of it where the method scores filters. ``scope`` says whether
+units compete within their layer or across the whole network. The same numbers always give the same mask, and masks are nested in ``keep``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .knobs import Keep, Pick, Threshold
 
-Units = Annotated[str, Pick("weight", "row", "filter", "channel", "kernel", "block:4x4", "block:8x8", "2:4", "1:4", "4:8")]
+Units = Annotated[str, Pick("weight", "row", "filter", "channel", "shape", "kernel", "block:4x4", "block:8x8", "2:4", "1:4", "4:8")]
 Scope = Annotated[str, Pick("layer", "network")]
 Storage = Annotated[str, Pick("auto", "dense", "bitmap", "csr", "relative")]
 Scores = dict[str, Tensor]
@@ -62,6 +62,8 @@ def to_units(s: Tensor, unit: str, shape: torch.Size | None = None) -> Tensor:
     s = s.expand(shape)
     if unit == "channel":
         return s.transpose(0, 1).flatten(1).sum(1)
+    if unit == "shape":
+        return s.sum(0)
     if unit == "kernel":
         return _kernels(s)
     if unit.startswith("block:"):
@@ -77,6 +79,8 @@ def to_weights(kept: Tensor, unit: str, shape: torch.Size) -> Tensor:
         return kept.repeat_interleave(height, 0).repeat_interleave(width, 1)[:rows, :columns].reshape(shape)
     if unit == "channel":
         return kept.reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+    if unit == "shape":
+        return kept.expand(shape)
     return kept.reshape(*kept.shape, *[1] * (len(shape) - kept.dim())).expand(shape)
 
 

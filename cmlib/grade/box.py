@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -107,7 +108,10 @@ class Box:
         self.folder = None if boxed else tempfile.TemporaryDirectory(prefix="cmlib-grade-")
         self.process = self._boxed() if boxed else self._bare()
         self.pipe = Pipe(self.process.stdout.fileno(), self.process.stdin.fileno())
+        self._first: int | None = None  # the first process inside, as a descriptor: numbers of processes are used again
         self._greet()
+        if boxed:
+            self._first = os.pidfd_open([*self.pids()][1])
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _boxed(self) -> subprocess.Popen:
@@ -174,19 +178,22 @@ class Box:
                 return self.kill()
 
     def kill(self) -> None:
-        """End every process: with the first of a pid namespace die all others, and only then does bubblewrap return."""
+        """End every process. With the first of a pid namespace die all others before it is gone itself; bubblewrap outside may return earlier."""
         self._over.set()
         with self._killing:
-            if self.process.poll() is not None:
-                return
-            for pid in [*self.pids()][1:2] if not self.folder else [*self.pids()]:
+            if self._first is not None:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._first, signal.SIGKILL)
+                _ended(self._first, 10)
+                os.close(self._first)
+                self._first = None
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(5)
+            for pid in [*self.pids()] if self.folder else []:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            self.process.kill()
+            self.process.wait()
 
     def close(self) -> None:
         self.kill()
@@ -194,6 +201,13 @@ class Box:
             stream.close()
         if self.folder:
             self.folder.cleanup()
+
+
+def _ended(process: int, seconds: float) -> None:
+    """Wait for a process, given as a descriptor."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    poll.poll(seconds * 1000)
 
 
 def _memory(pid: int) -> int:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from ..house.process import ROOT
+from . import submission as submissions
 from .box import Box, Limits
 from .source import Exercise, Question
-from .submission import Notebook, Submission, read
+from .submission import Notebook, Submission
 from .trial import AnswerError, GraderError, Local, Part, StudentError, TimedOut, judging, trial
 from .wire import ARRAYS, WireError, pack
 
@@ -82,7 +83,7 @@ def judge(submission: Submission, exercise: Exercise, *, seed: int | None = None
     ``seed=None``: fresh inputs each time. ``boxed=False``: without the box; whoever says so trusts every line of the submission.
     """
     start = time.monotonic()
-    notebook = read(submission)
+    notebook = submissions.read(submission)
     with Boxed(notebook.code, limits, boxed) as answers, judging(answers if notebook.code else Local({}), submission.student, seed):
         marks = tuple(_mark(question, notebook, answers) for question in exercise.questions)
     notes = (*submission.notes, *notebook.notes, *_few([*answers.notes.values()]))
@@ -91,7 +92,7 @@ def judge(submission: Submission, exercise: Exercise, *, seed: int | None = None
 
 def digest(submission: Submission, exercise: Exercise) -> str:
     """Of all that a grade is made of: the submission's bytes, the source notebook, the kit. Cheap: nothing is run."""
-    return hashlib.sha256("\n".join((submission.student, *submission.notes, read(submission).digest, exercise.digest, _kit())).encode()).hexdigest()
+    return hashlib.sha256("\n".join((submissions.digest(submission), exercise.digest, _kit())).encode()).hexdigest()
 
 
 @functools.cache

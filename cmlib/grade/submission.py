@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MB = 1 << 20
-LARGEST = 16 * MB  # of a notebook with its outputs
+LARGEST, CELLS = 16 * MB, 5000  # of a notebook with its outputs
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Notebook:
 
     content: dict[str, Any] | None
     notes: tuple[str, ...]
-    digest: str
     cells: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)  # kind, nbgrader's id, text
 
     @property
@@ -109,14 +108,21 @@ def _line(path: Path) -> str:
 def read(submission: Submission) -> Notebook:
     """The notebook of a submission. It never raises for what the file holds."""
     if submission.path is None:
-        return Notebook(None, (), "")
-    data = b""
+        return Notebook(None, ())
     try:
-        data = _bytes(submission.path, LARGEST)
-        content = _content(data)
-        return Notebook(content, tuple(_remarks(content)), _sha256(data), tuple(_cells(content)))
+        content = _content(_bytes(submission.path, LARGEST))
+        return Notebook(content, tuple(_remarks(content)), tuple(_cells(content)))
     except Unreadable as error:
-        return Notebook(None, (str(error),), _sha256(data or str(error).encode()))
+        return Notebook(None, (str(error),))
+
+
+def digest(submission: Submission) -> str:
+    """Of the student's name and the file's bytes, or of what is in their place."""
+    try:
+        data = _bytes(submission.path, LARGEST) if submission.path else b""
+    except Unreadable as error:
+        data = str(error).encode()
+    return hashlib.sha256("\n".join((submission.student, *submission.notes, "")).encode() + data).hexdigest()
 
 
 def _bytes(path: Path, most: int) -> bytes:
@@ -142,6 +148,8 @@ def _content(data: bytes) -> dict[str, Any]:
         raise Unreadable(f"no notebook: the file is not JSON ({type(error).__name__})") from error
     if not isinstance(content, dict) or not isinstance(content.get("cells"), list):
         raise Unreadable("no notebook: JSON without cells")
+    if len(content["cells"]) > CELLS:
+        raise Unreadable(f"no notebook: {len(content['cells']):,} cells")
     return content
 
 
@@ -168,7 +176,3 @@ def _get(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Plan, attach_plan, attached, held, plan_of, weighted
+from ..core.apply import Plan, attach_plan, attached, held, plan_of, weighted, with_gains
 from ..core.bake import narrowed, widths
 from ..core.packed import Packed
 from ..core.perforate import places_of
@@ -69,7 +69,8 @@ def length(model: nn.Module, plan: Plan) -> int:
 
 
 def _encoded(model: nn.Module, plan: Plan) -> bytes:
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _state(model, plan).items()}
+    learned = {f"{n}.{p}": with_gains(owner, p) for n, owner, p in held(model)}
+    tensors = {n: learned.get(n, t).detach().cpu().contiguous().clone() for n, t in _state(model, plan).items()}
     for layer, packed in plan.items():
         tensors |= {f"{layer}.weight|{n}": torch.from_numpy(a) for n, a in packed.arrays().items()}
     header = {"format": FORMAT, "net": _source(model, plan), "layers": {layer: p.meta() for layer, p in plan.items()}}

@@ -23,10 +23,12 @@ from . import (
     steps,
     structures,
     structures_judged,
+    structures_learned,
+    structures_scales,
 )
 
 CHAPTERS: tuple[ModuleType, ...] = (
-    prune, prune_neurons, prune_training, prune_budgets, structures, structures_judged, energy,
+    prune, prune_neurons, prune_training, prune_budgets, structures, structures_learned, structures_scales, structures_judged, energy,
     quantize, grids, codebooks, binary, fewbits, formats, discrete, bits_chosen, steps,
 )  # fmt: skip
 

@@ -142,15 +142,19 @@ def network_slimming(bn_gamma):
     return bn_gamma.abs().mean(0)
 
 
+def scales(model: nn.Module) -> dict[str, Tensor]:
+    """The scale of every batch norm, as it learns."""
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine}
+    return {n: latent(m) if parametrize.is_parametrized(m, "weight") else m.weight for n, m in norms.items()}
+
+
 def slimming(lam: float) -> Hook:
     """Training with lam sum |gamma| over all batch norms: ``fit(model, data, hooks=[slimming(1e-4)])`` adds lam sign(gamma) to their gradients."""
 
     def pull(model: nn.Module, rule: torch.optim.Optimizer) -> None:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-                gamma = latent(module) if parametrize.is_parametrized(module, "weight") else module.weight
-                if gamma.grad is not None:
-                    gamma.grad += lam * gamma.detach().sign()
+        for gamma in scales(model).values():
+            if gamma.grad is not None:
+                gamma.grad += lam * gamma.detach().sign()
 
     return Hook(gradients=pull)
 
@@ -293,10 +297,7 @@ def taylor_pruning(flow, *, normalise: Switch = "on"):
 
 def survivors(w: Tensor, keep: float, constraint: str) -> Tensor:
     """The mask of ``keep`` of the weights, filters, channels or shapes (columns of the weight matrix) with the largest norms; a filter at least."""
-    squares = w.detach().square()
-    if constraint == "shape":
-        return select(squares.flatten(1), keep, unit="channel").reshape(w.shape)
-    return select(squares, max(keep, 1 / len(w)) if constraint == "filter" else keep, unit=constraint)
+    return select(w.detach().square(), max(keep, 1 / len(w)) if constraint == "filter" else keep, unit=constraint)
 
 
 def nearest(w: Tensor, keep: float, constraint: str = "weight") -> Tensor:
