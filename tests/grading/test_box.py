@@ -260,7 +260,7 @@ def in_namespace(inode: int) -> list[str]:
     found = []
     for pid in os.listdir("/proc"):
         with contextlib.suppress(OSError):
-            if pid.isdigit() and os.stat(f"/proc/{pid}/ns/pid").st_ino == inode:
+            if pid.isdigit() and os.stat(f"/proc/{pid}/ns/pid").st_ino == inode and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
                 found.append(pid)
     return found
 
@@ -287,12 +287,14 @@ def answer():
 def test_with_the_box_ends_every_process_in_it():
     with Boxed([ORPHANS], QUICK) as boxed:
         assert boxed.call("answer", (), {}) == 1
+        held = os.open(f"/proc/{[*boxed.box.pids()][-1]}/ns/pid", os.O_RDONLY)  # numbers of namespaces are used again
         inode = namespace_of(boxed.box)
         assert inode != os.stat("/proc/self/ns/pid").st_ino and len(in_namespace(inode)) >= 6
     assert in_namespace(inode) == []
+    os.close(held)
 
 
-def test_a_grader_that_is_killed_leaves_no_box_behind(tmp_path):
+def test_a_grader_that_is_killed_leaves_no_box_behind():
     program = f"""
 import os, sys
 sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]}
@@ -301,14 +303,20 @@ from test_box import ORPHANS, namespace_of
 from cmlib.grade.judge import Boxed
 boxed = Boxed([ORPHANS], QUICK)
 boxed.call("answer", (), {{}})
-print(namespace_of(boxed.box), flush=True)
-os.kill(os.getpid(), 9)
+print([*boxed.box.pids()][-1], flush=True)
+sys.stdin.read()
 """
-    inode = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60).stdout)
-    end = time.monotonic() + 10
+    grader = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    held = os.open(f"/proc/{int(grader.stdout.readline())}/ns/pid", os.O_RDONLY)
+    inode = os.fstat(held).st_ino
+    assert len(in_namespace(inode)) >= 6
+    grader.kill()
+    grader.communicate()
+    end = time.monotonic() + 20
     while in_namespace(inode) and time.monotonic() < end:
         time.sleep(0.02)
     assert in_namespace(inode) == []
+    os.close(held)
 
 
 def test_no_descriptor_or_thread_is_left_of_many_boxes():
