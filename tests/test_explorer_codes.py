@@ -15,7 +15,7 @@ import cmlib
 from cmlib.core.codes import Codes, grouped
 from cmlib.core.knobs import Bits, Per, WideBits
 from cmlib.core.method import quantizer
-from cmlib.core.sites import Affine
+from cmlib.core.rounding import Affine
 from cmlib.lab.files import load, save
 from cmlib.lab.measure import threads_at
 from cmlib.lab.train import evaluate, fit

@@ -8,7 +8,8 @@ from torch import nn
 
 from cmlib.core.inputs import as_input, stratified
 from cmlib.core.packed import Masked
-from cmlib.core.sites import Affine, Steps, site_of
+from cmlib.core.rounding import Affine, Steps
+from cmlib.core.sites import site_of
 from cmlib.core.wrapped import Sited
 from cmlib.lab.data import load_data
 from cmlib.lab.train import evaluate

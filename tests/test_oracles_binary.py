@@ -17,7 +17,7 @@ from torch import nn
 from cmlib.core.apply import attach, plan_of
 from cmlib.core.codes import sign_term
 from cmlib.core.method import call
-from cmlib.core.sites import Steps
+from cmlib.core.rounding import Steps
 from cmlib.core.wrapped import Sited
 from cmlib.lab.train import fit
 from cmlib.lab.verbs import compress

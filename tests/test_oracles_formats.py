@@ -13,7 +13,7 @@ from torch import nn
 from cmlib.core.apply import attached_hooks
 from cmlib.core.codes import GRIDS
 from cmlib.core.method import call
-from cmlib.core.sites import Floating, round_float
+from cmlib.core.rounding import Floating, round_float
 from cmlib.lab.verbs import compress
 from cmlib.methods import catalog
 from cmlib.methods import formats as methods

@@ -15,7 +15,8 @@ from cmlib.core.codes import Codes
 from cmlib.core.knobs import WideBits
 from cmlib.core.method import quantizer
 from cmlib.core.packed import State
-from cmlib.core.sites import INPUTS, Affine, Steps, inputs_at, site_of, spread_of
+from cmlib.core.rounding import INPUTS, Affine, Steps
+from cmlib.core.sites import inputs_at, site_of, spread_of
 from cmlib.core.wrapped import Sited
 from cmlib.lab.files import FileError
 

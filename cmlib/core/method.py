@@ -57,7 +57,7 @@ class Method:
     ``joint``: the function sees all covered weights laid end to end as one vector. ``repair(w, mask, <evidence>, **knobs)`` rewrites
     the weights that stay; ``rebuild(rows, <evidence>, **knobs)`` gives the next layer's weight, shaped as ``next_w``, for the channels
     ``rows`` that stay. ``training`` is what it wants of training. ``filters(**knobs)``: whether a method that makes its own masks removes
-    filters whole. ``acts([x, training], **knobs)``: what a quantizer rounds the layers' inputs to (``cmlib.core.sites``), None to leave them
+    filters whole. ``acts([x, training], **knobs)``: what a quantizer rounds the layers' inputs to (``cmlib.core.rounding``), None to leave them
     alone; ``errors(g, **knobs)``: the rounded gradient at the layers' outputs; ``weight_errors(g, rounded, **knobs)``: what the weights' gradient
     is worked out from where that is not ``rounded``, which ``errors`` gave; ``saves(x, **knobs)``: what training keeps of the inputs to work out
     the weights' gradient from, which alone changes; the knobs of all four join the method's. ``exempt`` names laws that it

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import sites
+from ..core import rounding
 from ..core.knobs import nearest
-from ..core.sites import Affine
+from ..core.rounding import Affine
 
 BINS = 4096  # of a histogram, half of them on either side of zero
 FEWEST = 128  # bins that entropy calibration keeps at least
@@ -30,7 +30,7 @@ def known_bits(bits: int) -> int:
 
 
 def affine(lo: float | Tensor, hi: float | Tensor, bits: int = 8) -> Affine:
-    """``core.sites.affine`` of a range, for codes of ``bits`` bits.
+    """``core.rounding.affine`` of a range, for codes of ``bits`` bits.
 
     Where lo and hi are tensors, one of each an entry. ValueError for a range that is not finite, upside down, or zero alone.
     """
@@ -39,7 +39,7 @@ def affine(lo: float | Tensor, hi: float | Tensor, bits: int = 8) -> Affine:
         raise ValueError(f"a range from {lo.tolist()} to {hi.tolist()} is not one: finite numbers, the lower first")
     if not (torch.maximum(hi, -lo) / 2 ** known_bits(bits) > TINY).all():
         raise ValueError("a range from 0 to 0 has no scale: every number in it is 0 (or too small for float32)")
-    return sites.affine(lo, hi, 2**bits)
+    return rounding.affine(lo, hi, 2**bits)
 
 
 def weight_affine(w: Tensor, bits: int = 8, per: str = "tensor") -> Affine:

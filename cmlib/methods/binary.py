@@ -17,7 +17,7 @@ from ..core.codes import Codes, grouped, sign_term
 from ..core.knobs import Per, Pick, Span, Switch
 from ..core.method import quantizer
 from ..core.packed import Masked, State
-from ..core.sites import Steps, inside
+from ..core.rounding import Steps, inside
 from .grids import FEW, Average
 from .quantize import filters, input_signs, signs, xnor_net
 

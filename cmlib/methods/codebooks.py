@@ -19,7 +19,7 @@ from ..core.codes import Codes, Sum, grouped, nearest_level
 from ..core.knobs import Bits, Levels, Per, Pick, Span, Weight, WideBits
 from ..core.method import quantizer
 from ..core.packed import State
-from ..core.sites import Steps
+from ..core.rounding import Steps
 from .grids import FEW, Average, half_gaussian
 
 Book = tuple[Tensor, Tensor]  # levels (groups, k) or (groups, k, d), and the number of each entry's level (groups, entries)

@@ -17,7 +17,7 @@ from ..core.codes import Codes, Sum
 from ..core.knobs import Pick, Span, Switch, WideBits
 from ..core.method import Training, quantizer
 from ..core.packed import Masked, State
-from ..core.sites import Affine, affine
+from ..core.rounding import Affine, affine
 from .grids import Mode, highest
 from .quantize import ap2, binaryconnect, glorot, unit_inputs
 

@@ -17,7 +17,7 @@ from ..core.codes import Codes, grouped, nearest_level
 from ..core.knobs import Per, Pick, Span, Switch, WideBits
 from ..core.method import Training, quantizer
 from ..core.packed import State
-from ..core.sites import Affine, Floating, round_float
+from ..core.rounding import Affine, Floating, round_float
 from .fewbits import Wide
 from .grids import Mode, integer_only_quantization, ranges
 

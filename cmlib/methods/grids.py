@@ -19,7 +19,7 @@ from ..core.codes import Codes, Sum, grouped
 from ..core.knobs import Per, Pick, Span, Switch, Weight, WideBits
 from ..core.method import Training, quantizer
 from ..core.packed import Masked, State
-from ..core.sites import Affine, Steps, affine
+from ..core.rounding import Affine, Steps, affine
 from .quantize import filters, signs
 
 Average = Annotated[float, Span(0, 0.9999)]  # how much of the old a moving average keeps

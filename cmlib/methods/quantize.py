@@ -16,7 +16,7 @@ from ..core.codes import Codes, grouped
 from ..core.knobs import Bits, Per, Pick, Span, Switch, WideBits
 from ..core.method import Training, quantizer
 from ..core.packed import State
-from ..core.sites import Steps, inside
+from ..core.rounding import Steps, inside
 
 Clip = Annotated[float, Span(0.5, 3)]
 
