@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +18,14 @@ from nbgrader.plugins import CsvExportPlugin
 from nbgrader.validator import Validator
 from traitlets.config import Config
 
-from cmlib.grade import gradebook, source
+from cmlib.grade import box, gradebook, source
+from cmlib.grade.__main__ import SOURCES, main
 from cmlib.grade.judge import Grade, Mark
 from cmlib.grade.report import Row, Student, nbgrader_csv
 from cmlib.grade.submission import find
 from cmlib.grade.trial import Part
 
-warnings.filterwarnings("ignore", module="nbgrader")
+pytestmark = pytest.mark.filterwarnings("ignore:.*:sqlalchemy.exc.SAWarning")
 LOST = Part("nothing in, nothing out", 1, False, "raised ValueError: <b>x</b> [y](javascript:z)", "double(array([0.5]))", "got 17.5", "want 18.5")
 ANNA = Student("anna", "Anna", "Arndt", "anna@example.org")
 
@@ -168,6 +168,37 @@ def test_unknown_students_stay_out(course):
     assert course.enter(row) == [row]
     with Gradebook(course.url) as book:
         assert not book.students
+
+
+@pytest.mark.skipif(bool(box.missing()), reason=f"without a box: {box.missing()}")
+def test_the_command_enters_grades_and_takes_a_persons_points_into_its_tables(course):
+    hand_in(course.folder / "submitted", "anna", answered())
+    told = [
+        str(w)
+        for w in (course.folder / "submitted", "--source", course.folder / "source", "--out", course.folder / "grades", "--gradebook", course.url)
+    ]
+    assert main(told) == 0
+    assert ",7.0,0.0,7.0,9.0\n" in (course.folder / "grades" / "nbgrader.csv").read_text()
+    course.by_a_person(1.5, "well seen")
+    assert main(told) == 0
+    assert ",8.5,0.0,8.5,9.0\n" in (course.folder / "grades" / "nbgrader.csv").read_text()
+    assert "well seen" in (course.folder / "grades" / "feedback" / "anna.html").read_text()
+
+
+@pytest.mark.parametrize("place", sorted(SOURCES.glob("*/*.ipynb")), ids=lambda p: p.stem)
+def test_the_kits_own_exercises_enter_the_gradebook(course, place):
+    exercise = source.read(place)
+    hand_in(course.folder / "submitted", "anna", "")
+    (submission,) = find(course.folder / "submitted", NAME)
+    marks = tuple(Mark(q.key, q.cell, None if q.by_hand else q.points / 2, q.points) for q in exercise.questions)
+    row = Row(
+        ANNA, exercise.name, exercise.points, Grade("anna", exercise.name, marks, (), "digest", 0.1), replace(submission, exercise=exercise.name)
+    )
+    (row,) = gradebook.enter(course.url, [row], gradebook.register(course.url, exercise.name, place))
+    assert row.score == sum(q.points for q in exercise.questions if not q.by_hand) / 2 and len(row.waiting) >= 2
+    copy = nbformat.read(course.folder / "autograded" / "anna" / exercise.name / f"{exercise.name}.ipynb", as_version=4)
+    assert not [word for word in ("HIDDEN TESTS", "SOLUTION", "Rubric", "t.part") if word in nbformat.writes(copy)]
+    assert {q.cell for q in exercise.questions} <= set(ids(copy))
 
 
 def ids(notebook):
