@@ -123,6 +123,11 @@ def _few(notes: list[str]) -> list[str]:
     return [*notes[:NOTES], f"and {len(notes) - NOTES} more cells"] if len(notes) > NOTES else notes
 
 
+def _line(text: Any) -> str:
+    """What a submission says, as one line without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:500])
+
+
 def _bare(text: str) -> str:
     return "".join(text.replace("YOUR ANSWER HERE", "").split())
 
@@ -220,7 +225,7 @@ class Boxed:
                 (value,) = body
                 return value
             else:
-                raise StudentError(*map(str, body)) if kind == "raised" else AnswerError(*map(str, body))
+                raise StudentError(*map(_line, body)) if kind == "raised" else AnswerError(*map(_line, body))
         raise WireError("too many")
 
 

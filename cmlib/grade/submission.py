@@ -59,7 +59,7 @@ def find(folder: Path, exercise: str) -> list[Submission]:
     for s in found:
         kept = first.setdefault(s.student, s)
         if kept is not s and s.path:
-            note = f"handed in twice: {s.path.relative_to(folder)} was not read"
+            note = f"handed in twice: {str(s.path.relative_to(folder))!r} was not read"
             first[s.student] = Submission(kept.student, exercise, kept.path, kept.timestamp, (*kept.notes, note))
     return list(first.values())
 
@@ -85,7 +85,7 @@ def _submission(entry: os.DirEntry, exercise: str) -> Submission | None:
     except OSError as error:
         return Submission(student, exercise, None, None, (f"the student's folder cannot be read: {error.strerror}",))
     paths.sort(key=lambda p: (p.stem != exercise, p.name))
-    notes = [f"{len(paths)} notebooks: {paths[0].name} was read"] if len(paths) > 1 else [] if paths else ["no notebook was handed in"]
+    notes = [f"{len(paths)} notebooks: {paths[0].name!r} was read"] if len(paths) > 1 else [] if paths else ["no notebook was handed in"]
     return Submission(student, exercise, paths[0] if paths else None, _timestamp(folder), tuple(notes))
 
 
@@ -131,12 +131,14 @@ def _bytes(path: Path, most: int) -> bytes:
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise Unreadable(f"{path.name} is no file")
+                raise Unreadable(f"{path.name!r} is no file")
             if status.st_size > most:
-                raise Unreadable(f"{path.name} has {status.st_size / MB:,.0f} MB, more than the {most / MB:,.0f} MB that are read: clear its outputs")
+                raise Unreadable(
+                    f"{path.name!r} has {status.st_size / MB:,.0f} MB, more than the {most / MB:,.0f} MB that are read: clear its outputs"
+                )
             return file.read(most)
     except OSError as error:
-        raise Unreadable(f"{path.name} is a link, which is not followed" if path.is_symlink() else f"{path.name}: {error.strerror}") from error
+        raise Unreadable(f"{path.name!r} is a link, which is not followed" if path.is_symlink() else f"{path.name!r}: {error.strerror}") from error
 
 
 def _content(data: bytes) -> dict[str, Any]:

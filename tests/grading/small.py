@@ -13,7 +13,7 @@ from cmlib.grade.source import Exercise, read
 from cmlib.grade.submission import Submission
 
 SLOW = max(1, os.getloadavg()[0] / (os.cpu_count() or 1))  # where others work too, everything takes longer
-QUICK = Limits(cell=1.5 * SLOW, call=0.8 * SLOW, total=20 * SLOW, memory=384 * MB, disk=16 * MB)
+QUICK = Limits(cell=SLOW, call=0.5 * SLOW, total=20 * SLOW, memory=384 * MB, disk=16 * MB)
 needs_a_box = pytest.mark.skipif(bool(missing()), reason=missing())
 
 

@@ -20,6 +20,7 @@ from cmlib.grade.trial import AnswerError, GraderError, StudentError
 from cmlib.house.process import ROOT
 
 pytestmark = needs_a_box
+ROOMY = replace(QUICK, cell=30, call=30, total=90)  # no test here waits for an end of time
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def inside():
     """``inside(text)`` is the value of ``answer()`` that the text defines, run in a box; the boxes end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def ask(text: str, limits: Limits = QUICK, *args):
+        def ask(text: str, limits: Limits = ROOMY, *args):
             boxed = stack.enter_context(Boxed([text], limits))
             try:
                 return boxed.call("answer", args, {})
@@ -61,7 +62,7 @@ def answer():
             pass
     return sorted(written)
 """
-    assert inside(text, replace(QUICK, call=10)) == ["/tmp"]
+    assert inside(text, ROOMY) == ["/tmp"]
 
 
 def test_not_one_file_of_the_kit_can_be_changed(inside):
@@ -188,7 +189,7 @@ def answer():
     time.sleep(60)
 """
     with pytest.raises(AnswerError, match="used more than 384 MB"):
-        inside(text, replace(QUICK, call=20))
+        inside(text, ROOMY)
 
 
 def test_shared_memory_counts(inside):
@@ -202,7 +203,7 @@ def answer():
     time.sleep(60)
 """
     with pytest.raises(AnswerError, match="used more than 384 MB"):
-        inside(text, replace(QUICK, call=20))
+        inside(text, ROOMY)
 
 
 def test_the_work_folder_has_a_size(inside):
@@ -222,7 +223,7 @@ def answer():
 
 
 def test_empty_files_count_as_memory(inside):
-    limits = replace(QUICK, call=20, memory=128 * MB)
+    limits = replace(ROOMY, memory=128 * MB)
     with pytest.raises(AnswerError, match="used more than 128 MB"):
         inside("import os\ndef answer():\n    for i in range(10**7):\n        os.mknod(f'/tmp/{i}')", limits)
 
@@ -285,7 +286,7 @@ def answer():
 
 
 def test_with_the_box_ends_every_process_in_it():
-    with Boxed([ORPHANS], QUICK) as boxed:
+    with Boxed([ORPHANS], ROOMY) as boxed:
         assert boxed.call("answer", (), {}) == 1
         held = os.open(f"/proc/{[*boxed.box.pids()][-1]}/ns/pid", os.O_RDONLY)  # numbers of namespaces are used again
         inode = namespace_of(boxed.box)
@@ -298,10 +299,9 @@ def test_a_grader_that_is_killed_leaves_no_box_behind():
     program = f"""
 import os, sys
 sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]}
-from small import QUICK
-from test_box import ORPHANS, namespace_of
+from test_box import ORPHANS, ROOMY
 from cmlib.grade.judge import Boxed
-boxed = Boxed([ORPHANS], QUICK)
+boxed = Boxed([ORPHANS], ROOMY)
 boxed.call("answer", (), {{}})
 print([*boxed.box.pids()][-1], flush=True)
 sys.stdin.read()
