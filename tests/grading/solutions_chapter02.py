@@ -96,6 +96,11 @@ def left_flat(w, keep):
     return by_order(w.abs(), keep)
 
 
+@wrong("2.1", "the mask is not of booleans")
+def noughts_and_ones(w, keep):
+    return by_order(w.abs(), keep).reshape(w.shape).to(w)
+
+
 @wrong("2.1", "exactly round((1 - keep) n) weights go")
 def quantile_as_threshold(w, keep):
     return w.abs() > w.abs().double().flatten().quantile(1 - keep)
@@ -175,6 +180,11 @@ def of_the_neighbours_numbers(mine):
     return said(mine | {"rows": mine["rows"] + 20})
 
 
+@wrong("2.2", "my_bytes is a dict that says csr")
+def without_csr(mine):
+    return {form: size for form, size in said(mine).items() if form != "csr"}
+
+
 @wrong("2.2", "these are bits")
 def all_in_bits(mine):
     return {form: 8 * size for form, size in said(mine).items()}
@@ -225,6 +235,11 @@ def at_every_step(t, t0, n, delta, s_i, s_f):
 @wrong("2.3", "before t0 the first sparsity, after the last step the last")
 def without_ends(t, t0, n, delta, s_i, s_f):
     return cubic((t - t0) // delta, n, s_i, s_f)
+
+
+@wrong("2.3", "after the last step the last")
+def without_an_end(t, t0, n, delta, s_i, s_f):
+    return cubic(max((t - t0) // delta, 0), n, s_i, s_f)
 
 
 @wrong("2.3", "before t0 the first sparsity")
@@ -323,6 +338,11 @@ def curvature_without_sign(w, hess_diag, count):
 def mask_left_flat(w, hess_diag, count):
     saliency = 0.5 * (hess_diag * w**2).flatten()
     return cut(saliency, count), saliency[~cut(saliency, count)].sum()
+
+
+@wrong("2.4", "two values are asked for: mask and rise")
+def mask_alone(w, hess_diag, count):
+    return cut(0.5 * hess_diag * w**2, count)
 
 
 @wrong("2.4", "the highest went")
@@ -491,6 +511,16 @@ def not_normalised(weights, batches):
     return {n: (w * summed(batches, n)).abs() for n, w in weights.items()}
 
 
+@wrong("2.7", "a dict with a tensor for each layer is asked for")
+def scores_in_a_list(weights, batches):
+    return list(normalised(not_normalised(weights, batches)).values())
+
+
+@wrong("2.7", "the scores have another shape than their weights")
+def scores_left_flat(weights, batches):
+    return {n: s.flatten() for n, s in normalised(not_normalised(weights, batches)).items()}
+
+
 @wrong("2.7", "a network without gradient scores 0: ['fc']: not a number")
 def nought_by_nought(weights, batches):
     scores = not_normalised(weights, batches)
@@ -573,6 +603,18 @@ def minimum_of_nothing(accuracy, keeps, allowed):
     least = accuracy(1.0, "validation") - allowed
     keep = min(k for k in keeps if accuracy(k, "validation") >= least)
     return keep, accuracy(keep, "test")
+
+
+@wrong("2.8", "where no keep holds, the dense network: wrong value")
+def largest_keep_at_least(accuracy, keeps, allowed):
+    least = accuracy(1.0, "validation") - allowed
+    keep = min((k for k in keeps if accuracy(k, "validation") >= least), default=max(keeps))
+    return keep, accuracy(keep, "test")
+
+
+@wrong("2.8", "two values are asked for: keep and accuracy")
+def keep_alone(accuracy, keeps, allowed):
+    return choice(accuracy, keeps, accuracy(1.0, "validation") - allowed)
 
 
 @wrong("2.8", "the search stopped at the first keep that fails")
@@ -659,6 +701,11 @@ def grows_a_share_of_the_empty(w, mask, grad, fraction):
 def dropped_ones_are_out(w, mask, grad, fraction):
     shut = grad.abs().masked_fill(mask, -1.0)
     return moved(mask, w.abs(), shut, share(mask, fraction), share(mask, fraction))
+
+
+@wrong("2.10", "the mask has another shape")
+def regrown_and_flat(w, mask, grad, fraction):
+    return moved(mask, w.abs(), grad.abs(), share(mask, fraction), share(mask, fraction)).flatten()
 
 
 @wrong("2.10", "as many weights are kept after as before")
@@ -796,7 +843,7 @@ def by_a_cholesky_factor(w, hessian, mask):
     costs = 0.5 * w[there].square() / inverse.diag()
     b = int(torch.argmin(costs))
     delta = torch.zeros_like(w).index_put((there,), -inverse[b] * (w[there[b]] / inverse[b, b]))
-    return there[b].item(), delta, costs[b].item()
+    return there[b], delta, costs[b]
 
 
 @right("2.12")
@@ -855,6 +902,11 @@ def part_of_the_inverse(w, hessian, mask):
     costs = (w**2 / (2 * inverse.diagonal())).masked_fill(~mask, torch.inf)
     q = int(costs.argmin())
     return q, -w[q] / inverse[q, q] * inverse[:, q] * mask, float(costs[q])
+
+
+@wrong("2.12", "three values are asked for: q, delta and rise")
+def without_the_rise(w, hessian, mask):
+    return surgeon(w, hessian, mask)[:2]
 
 
 @wrong("2.12", "q is the index of a weight that is still there")

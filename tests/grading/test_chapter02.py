@@ -33,11 +33,30 @@ def test_every_question_that_is_graded_here_has_visible_checks_and_three_hints()
 
 
 @pytest.mark.parametrize("key", questions(chapter02))
-def test_a_visible_check_holds_for_the_reference_and_fails_on_nothing(key, capsys):
-    check(key, solutions.reference)  # what it needs is loaded
-    start = time.perf_counter()
-    check(key, solutions.reference)
-    spent = time.perf_counter() - start
-    assert "Hidden checks remain" in capsys.readouterr().out and spent < 0.5  # 0.05 s on an idle machine, the answer's own time included
+def test_a_visible_check_holds_for_the_reference_costs_little_and_fails_on_nothing(key, capsys):
+    own, namespace = [], dict(solutions.reference)
+    name = questions(chapter02)[key].name
+    if callable(answer := namespace[name]):
+        namespace[name] = timed(answer, own)
+    check(key, namespace)  # what it needs is loaded
+    beyond = []
+    for _ in range(3):
+        own.clear()
+        start = time.process_time()
+        check(key, namespace)
+        beyond.append(time.process_time() - start - sum(own))
+    assert "Hidden checks remain" in capsys.readouterr().out and min(beyond) < 0.05
     with pytest.raises(CheckFailed, match="is not defined"):
         check(key, {})
+
+
+def timed(answer, spent):
+    """The same function; the processor time of each call goes into ``spent``."""
+
+    def call(*args):
+        start = time.process_time()
+        result = answer(*args)
+        spent.append(time.process_time() - start)
+        return result
+
+    return call
