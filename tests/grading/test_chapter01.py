@@ -1,15 +1,22 @@
-"""Chapter 01's graders, tried with solutions right and wrong; its functions beside the kit's own."""
+"""Chapter 01's graders, tried with solutions right and wrong, here and in the box; its functions beside the kit's own."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import solutions_chapter01
 import torch
+from small import needs_a_box, submit
 from solutions_chapter01 import solutions
 from torch import nn
-from tried import STUDENT, Graders, run
+from tried import STUDENT, Graders, lost, run
 
 from cmlib.core.storage import FORMATS, encode, nbytes
 from cmlib.grade.chapter01 import PRICE, Machine, accuracy, example_network, fresh_network
-from cmlib.grade.checks import check
+from cmlib.grade.checks import check, find
+from cmlib.grade.judge import judge
+from cmlib.grade.source import read
 from cmlib.grade.variants import variant
 from cmlib.lab import cost
 
@@ -96,3 +103,79 @@ def test_a_fresh_network_is_good_and_no_other_s():
     assert all((network[k] == a[k]).all() for k in a) and (images == x).all() and (classes == y).all()
     network["w1"][:] = 0
     assert (example_network()[0]["w1"] == a["w1"]).all()
+
+
+# The same through the box
+
+EXERCISE = read(solutions.path)
+CODING = [q for q in EXERCISE.questions if not q.by_hand]
+STANDS_IN = """
+class Solutions:
+    def __init__(self, *args, **kw): self.path = None
+    def right(self, *args, **kw): return lambda made: made
+    wrong = right
+STUDENT = "ada"
+"""
+NAMES = {q.key: find(q.key).name for q in CODING}
+
+
+def handed_in(folder, *cells):
+    return judge(submit(folder, *cells, student=STUDENT), EXERCISE, seed=0)
+
+
+def using(attempts):
+    """A submission's cells: the file of the solutions, then these of them under the names that the questions ask for."""
+    text = Path(solutions_chapter01.__file__).read_text().replace("from tried import Solutions", STANDS_IN)
+    chosen = [
+        f"globals().update({a.made.__name__}())" if a.names
+        else f'my_layer = {a.made.__name__}(variant(STUDENT, "1.2"))' if a.key == "1.2"
+        else f"{NAMES[a.key]} = {a.made.__name__}"
+        for a in attempts
+    ]  # fmt: skip
+    return [text, *chosen]
+
+
+@needs_a_box
+def test_the_reference_has_all_points_in_the_box(tmp_path):
+    cells = [
+        c for c in json.loads(solutions.path.read_text())["cells"] if c["cell_type"] == "code" and not c["metadata"].get("nbgrader", {}).get("grade")
+    ]
+    grade = handed_in(tmp_path, *("".join(c["source"]).replace('student = ""', f"student = {STUDENT!r}") for c in cells))
+    marks = {m.key: m for m in grade.marks}
+    assert {q.key: marks[q.key].points for q in CODING} == {q.key: q.points for q in CODING}, grade.notes
+    assert marks["1.12"].figures["bytes"] < 2300 and sum(m.by_hand for m in grade.marks) == 0
+
+
+@needs_a_box
+def test_right_solutions_have_all_points_in_the_box(tmp_path):
+    grade = handed_in(tmp_path, *using([solutions.of(q.key, right=True)[1] for q in CODING]))
+    assert [m.points for m in grade.marks if m.parts] == [q.points for q in CODING], grade.notes
+
+
+@needs_a_box
+@pytest.mark.parametrize("which", [0, 3])
+def test_wrong_solutions_lose_the_same_parts_in_the_box(tmp_path, which):
+    attempts = [solutions.of(q.key, right=False)[which] for q in CODING]
+    grade = handed_in(tmp_path, *using(attempts))
+    for attempt, mark in zip(attempts, [m for m in grade.marks if m.parts]):
+        assert [(p.says, p.ok) for p in mark.parts] == [(p.says, p.ok) for p in solutions.tried(attempt, seed=0)]
+        assert mark.points < mark.max and any(attempt.fault in text for text in lost(mark.parts))
+
+
+@needs_a_box
+def test_a_network_left_behind_is_not_found(tmp_path):
+    """encode keeps the network, in a global and in a file, and hands on nothing."""
+    cheat = """
+    import pickle, pathlib
+    kept = {}
+
+    def encode(weights):
+        kept.update(weights)
+        pathlib.Path("kept").write_bytes(pickle.dumps(weights))
+        return b""
+
+    def decode(data):
+        return kept or pickle.loads(pathlib.Path("kept").read_bytes())
+    """
+    mark = next(m for m in handed_in(tmp_path, cheat).marks if m.key == "1.12")
+    assert mark.points == 0 and mark.figures == {} and "FileNotFoundError" in mark.parts[0].reason
