@@ -224,7 +224,7 @@ def _exercise(row: Row) -> str:
     head = '<thead><tr><th scope="col">Question</th><th scope="col">Points</th><th scope="col">of</th></tr></thead>'
     return (
         f"{title}{late}{f'<p>About the submission:</p><ul>{notes}</ul>' if notes else ''}"
-        f"<table><caption>Points</caption>{head}<tbody>{lines}</tbody></table>\n"
+        f"<table><caption>Points by question</caption>{head}<tbody>{lines}</tbody></table>\n"
         + "".join(_marked(m, row.comments.get(m.key, "")) for m in row.grade.marks)
     )
 
@@ -233,10 +233,14 @@ def _got(mark: Mark) -> str:
     return "not yet graded" if mark.points is None else _short(mark.points)
 
 
+def _counted(points: float) -> str:
+    return f"{_short(points)} point{'' if _short(points) == '1' else 's'}"
+
+
 def _marked(mark: Mark, comment: str) -> str:
     whole = sum(p.weight for p in mark.parts)
     parts = "".join(
-        f"<li><strong>{'Held' if p.ok else 'Lost'}</strong> ({_short(mark.max * p.weight / whole)} points): {escape(p.says)}"
+        f"<li><strong>{'Held' if p.ok else 'Lost'}</strong> ({_counted(mark.max * p.weight / whole)}): {escape(p.says)}"
         f"{'' if p.ok else f'<br>{escape(p.reason)}'}</li>\n"
         for p in mark.parts
     )
