@@ -27,10 +27,12 @@ def test_every_methods_defaults_are_allowed_and_its_corners_bind(method):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key)
 def test_every_method_says_what_it_is_and_asks_for_what_there_is(method):
     assert method.title and ("survey 00" in method.__doc__.lower() or method.key == "random_pruning")
-    assert (method.chapter, method.kind) in (("02", "score"), ("03", "score"), ("04", "quantizer"), ("04", "tool"), ("04", "recipe")) and method.paper
-    assert method.kind == "tool" or set(method.asks) <= {"w", "training", *PROVIDERS}
+    kinds = {"02": {"score"}, "03": {"score", "tool", "dynamic"}, "04": {"quantizer", "tool", "recipe", "block"}}
+    assert method.kind in kinds[method.chapter] and method.paper
+    assert method.kind in ("tool", "block") or set(method.asks) <= {"w", "training", *PROVIDERS}
     keyword = [p for fn in method.companions for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert {p.name for p in keyword} - {"state", "training"} == set(method.own_knobs)
+    told = {"stride", "padding", "bias"} if method.kind == "block" else {"state", "training"}
+    assert {p.name for p in keyword} - told == set(method.own_knobs)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key)

@@ -17,7 +17,7 @@ from torch import nn
 from cmlib.core.apply import attached, latent, penalty, plan_of
 from cmlib.core.method import call
 from cmlib.lab.in_order import compress_in_order
-from cmlib.lab.nets import range_normed
+from cmlib.lab.nets import range_normed, swapped
 from cmlib.lab.train import evaluate, fit
 from cmlib.lab.verbs import compress
 from cmlib.lab.zoo import build
@@ -548,3 +548,73 @@ def test_adaptive_quantization_pays_for_saying_who_has_how_many_bits(digits64):
     after = plan_of(copy)
     assert not torch.equal(after["fc1"].dense(), before["fc1"])
     assert torch.equal(after["fc1"].dense() == 0, before["fc1"] == 0)  # the widths stay
+
+
+# local binary convolution
+
+LBC = catalog()["local_binary_convolution"]
+
+
+@pytest.mark.parametrize("cin, cout, size, m", [(3, 8, 3, 16), (16, 5, 5, 64), (1, 4, 13, 4)])
+def test_local_binary_convolution_learns_m_weights_an_output(cin, cout, size, m):
+    made = LBC(cin, cout, kernel_size=size, anchors=m)
+    learned = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    conv = nn.Conv2d(cin, cout, size, padding=size // 2, bias=False)
+    assert learned == m * cout and conv.weight.numel() * m == learned * cin * size**2
+    x = torch.rand(2, cin, 15, 15)
+    assert made(x).shape == conv(x).shape and LBC(cin, cout, kernel_size=size, stride=2)(x).shape == (2, cout, 8, 8)
+    made(x).sum().backward()
+    assert made.mix.weight.grad.any() and made.anchors.weight.grad is None
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+def test_local_binary_convolution_draws_fixed_ternary_filters(sparsity):
+    w = LBC(8, 4, anchors=256, sparsity=sparsity, seed=3).anchors.weight
+    share, spread = (w == 0).double().mean().item(), (sparsity * (1 - sparsity) / w.numel()) ** 0.5
+    assert set(w.unique().tolist()) <= {-1, 0, 1} and abs(share - sparsity) <= 4 * spread and not w.requires_grad
+    assert abs(w.sum().item()) <= 4 * (w.numel() * (1 - sparsity)) ** 0.5
+    assert torch.equal(LBC(8, 4, anchors=256, sparsity=sparsity, seed=3).anchors.weight, w)
+    assert not torch.equal(LBC(8, 4, anchors=256, sparsity=sparsity, seed=4).anchors.weight, w)
+
+
+def test_local_binary_convolution_without_a_bend_can_be_any_convolution():
+    made, conv = LBC(3, 5, anchors=40, seed=1).double(), nn.Conv2d(3, 5, 3, padding=1, bias=False).double()
+    basis = made.anchors.weight.flatten(1)
+    assert torch.linalg.matrix_rank(basis) == 27
+    made.act = nn.Identity()
+    with torch.no_grad():
+        made.mix.weight.copy_((conv.weight.flatten(1) @ torch.linalg.pinv(basis))[:, :, None, None])
+    x = normal(2, 3, 8, 8)
+    assert torch.allclose(made(x), conv(x), atol=1e-8)
+    made.act = nn.ReLU()
+    assert not torch.allclose(made(x), conv(x), atol=1e-2)
+
+
+def test_local_binary_convolution_in_a_network_trains_its_1x1_weights_only(digits64):
+    pair, gained = tuple(t[:256] for t in digits64), []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = swapped(build("cnn", "digits").double(), "local_binary_convolution", anchors=32, seed=seed)
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        frozen = deepcopy(model)
+        for name in ("conv1", "conv2"):
+            frozen.get_submodule(name).mix.requires_grad_(False)
+        for net in (model, frozen):
+            fit(net, pair, epochs=6, lr=0.03, batch=64, seed=seed, keep_best=False)
+        assert all(torch.equal(p, before[n]) == ("anchors" in n) for n, p in model.named_parameters())
+        gained.append(evaluate(model, pair) - evaluate(frozen, pair))
+    assert sum(gained) / 5 > 0.02
+
+
+def test_local_binary_convolution_takes_the_place_of_convolutions(digits64):
+    dense = build("cnn", "digits")
+    model = swapped(dense, "local_binary_convolution", where="conv2", anchors=8)
+    assert isinstance(model.conv1, nn.Conv2d) and model.conv2.anchors.kernel_size == (3, 3) and model.conv2.mix.bias is not None
+    assert model(digits64[0][:2].float()).shape == (2, 10) and isinstance(dense.conv2, nn.Conv2d)
+    small = compress(model, "ternary_weight_networks", where="conv2.anchors")
+    assert torch.equal(small.conv2.anchors.weight, model.conv2.anchors.weight)  # as codes of 2 bits they are the same
+    for wrong, says in ((("bnn", "conv2"), "bnn is a quantizer, not a block"), (("local_binary_convolution", "fc"), "layer fc is no plain 2-D")):
+        with pytest.raises(ValueError, match=says):
+            swapped(dense, wrong[0], where=wrong[1])
+    with pytest.raises(ValueError, match=r"is a layer that is trained from the start: swapped\(model, 'local_binary_convolution'\)"):
+        compress(dense, "local_binary_convolution")

@@ -26,6 +26,7 @@ from .select import selection
 WITHOUT_PLAN = {  # kinds of which a weight becomes nothing by itself, and what to do with one instead
     "tool": "is a part that methods stand on: call it, as catalog()[{key!r}](...)",
     "recipe": "is a row of stages, each a method and its training: follow(model, {key!r}, data) goes through them",
+    "block": "is a layer that is trained from the start: swapped(model, {key!r}) puts it in place of convolutions",
 }
 
 
@@ -168,6 +169,7 @@ quantizer = _kind("quantizer")
 tool = _kind("tool")
 recipe = _kind("recipe")
 dynamic = _kind("dynamic")
+block = _kind("block")
 
 
 def end_to_end(given: dict[str, dict[str, Any]]) -> dict[str, Any]:

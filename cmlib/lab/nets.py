@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.apply import weighted
+from ..core.method import Method
+from ..core.planner import covered
+from ..methods import find
 from ..methods.formats import range_scale
 
 
@@ -179,6 +183,26 @@ def range_normed(model: nn.Module) -> nn.Module:
     for m in copy.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.__class__ = RangeNorm
+    return copy
+
+
+def swapped(model: nn.Module, block: Method | str, *, where: str = "Conv2d", **knobs: Any) -> nn.Module:
+    """A copy in which every convolution that ``where`` names is a new ``block`` of its channels, kernel size, stride and padding; to be trained.
+
+    ValueError for a method that is no block, and for a layer that is no plain 2-D convolution with a square kernel.
+    """
+    method, copy = find(block), deepcopy(model)
+    if method.kind != "block":
+        raise ValueError(f"{method.key} is a {method.kind}, not a block; compress() puts it on the layers that are there")
+    knobs = method.bind(knobs)
+    for name, layer in covered(copy, where).items():
+        shape = {n: getattr(layer, n, None) for n in ("kernel_size", "stride", "padding")}
+        same = all(isinstance(v, tuple) and len(v) == 2 and v[0] == v[1] for v in shape.values())
+        if not same or layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+            raise ValueError(f"layer {name} is no plain 2-D convolution with a square kernel: {layer}; leave it out with where=...")
+        given = {**knobs, **{n: v[0] for n, v in shape.items()}, "bias": layer.bias is not None}
+        copy.set_submodule(name, method(layer.in_channels, layer.out_channels, **given).to(layer.weight).train(layer.training))
+    copy.__dict__.pop("source", None)  # it is the kit's network no more
     return copy
 
 

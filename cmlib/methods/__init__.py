@@ -13,6 +13,7 @@ from . import (
     discrete,
     energy,
     fewbits,
+    fixed_filters,
     formats,
     grids,
     prune,
@@ -29,7 +30,7 @@ from . import (
 
 CHAPTERS: tuple[ModuleType, ...] = (
     prune, prune_neurons, prune_training, prune_budgets, structures, structures_learned, structures_scales, structures_judged, energy,
-    quantize, grids, codebooks, binary, fewbits, formats, discrete, bits_chosen, steps,
+    quantize, grids, codebooks, binary, fewbits, formats, discrete, bits_chosen, fixed_filters, steps,
 )  # fmt: skip
 
 
