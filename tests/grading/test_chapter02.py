@@ -33,7 +33,8 @@ def test_every_question_that_is_graded_here_has_visible_checks_and_three_hints()
 
 
 @pytest.mark.parametrize("key", questions(chapter02))
-def test_a_visible_check_holds_for_the_reference_costs_little_and_fails_on_nothing(key, capsys):
+def test_a_visible_check_holds_for_the_reference_costs_little_and_fails_on_nothing(key, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # hints are recorded there
     own, namespace = [], dict(solutions.reference)
     name = questions(chapter02)[key].name
     if callable(answer := namespace[name]):
