@@ -167,9 +167,13 @@ class Box:
                     waiting += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
 
     def memory(self) -> int:
-        """Bytes that all processes and the work folder hold. Pages that forked processes share count for each of them."""
+        """Bytes that all processes and the work folder hold. What forked processes share counts once (found out only where it decides: that is slow)."""
         pids = list(self.pids())
-        return sum(map(_memory, pids)) + sum(map(_held, pids[1:2] if not self.folder else []))
+        folder = sum(map(_held, pids[1:2] if not self.folder else []))
+        often = sum(_memory(f"/proc/{pid}/status", ("RssAnon:", "RssShmem:", "VmSwap:")) for pid in pids)
+        if often + folder <= self.limits.memory:
+            return often + folder
+        return sum(_memory(f"/proc/{pid}/smaps_rollup", ("Pss_Anon:", "Pss_Shmem:", "SwapPss:")) for pid in pids) + folder
 
     def _watch(self) -> None:
         while not self._over.wait(0.05):
@@ -210,10 +214,10 @@ def _ended(process: int, seconds: float) -> None:
     poll.poll(seconds * 1000)
 
 
-def _memory(pid: int) -> int:
+def _memory(path: str, lines: tuple[str, ...]) -> int:
     with suppress(OSError):
-        lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return sum(int(line[1]) << 10 for line in lines if line[0] in ("RssAnon:", "RssShmem:", "VmSwap:"))
+        found = (line.split() for line in Path(path).read_text().splitlines())
+        return sum(int(words[1]) << 10 for words in found if words[0] in lines)
     return 0
 
 

@@ -62,7 +62,13 @@ def answer():
             pass
     return sorted(written)
 """
-    assert inside(text, ROOMY) == ["/tmp"]
+    assert inside(text) == ["/tmp"]
+
+
+def test_every_mount_but_the_work_folder_is_read_only(inside):
+    mounts = inside("def answer(): return [line.split() for line in open('/proc/self/mounts')]")
+    writable = {place for _, place, kind, options, *_ in mounts if "ro" not in options.split(",")}
+    assert {p for p in writable if not p.startswith("/dev/")} == {"/tmp", "/proc"}
 
 
 def test_not_one_file_of_the_kit_can_be_changed(inside):
@@ -189,7 +195,7 @@ def answer():
     time.sleep(60)
 """
     with pytest.raises(AnswerError, match="used more than 384 MB"):
-        inside(text, ROOMY)
+        inside(text)
 
 
 def test_shared_memory_counts(inside):
@@ -203,7 +209,21 @@ def answer():
     time.sleep(60)
 """
     with pytest.raises(AnswerError, match="used more than 384 MB"):
-        inside(text, ROOMY)
+        inside(text)
+
+
+def test_memory_that_forked_processes_share_counts_once(inside):
+    text = """
+import os, time
+hoard = bytearray(os.urandom(1 << 10)) * (100 << 10)
+def answer():
+    for _ in range(8):
+        if not os.fork():
+            time.sleep(60)
+    time.sleep(1)
+    return len(hoard) >> 20
+"""
+    assert inside(text) == 100
 
 
 def test_the_work_folder_has_a_size(inside):
@@ -253,10 +273,6 @@ def test_limits_are_hard(inside):
         inside("import resource as r\ndef answer(): r.setrlimit(r.RLIMIT_NPROC, (10**4, 10**4))")
 
 
-def namespace_of(box: Box) -> int:
-    return os.stat(f"/proc/{[*box.pids()][-1]}/ns/pid").st_ino
-
-
 def in_namespace(inode: int) -> list[str]:
     found = []
     for pid in os.listdir("/proc"):
@@ -289,7 +305,7 @@ def test_with_the_box_ends_every_process_in_it():
     with Boxed([ORPHANS], ROOMY) as boxed:
         assert boxed.call("answer", (), {}) == 1
         held = os.open(f"/proc/{[*boxed.box.pids()][-1]}/ns/pid", os.O_RDONLY)  # numbers of namespaces are used again
-        inode = namespace_of(boxed.box)
+        inode = os.fstat(held).st_ino
         assert inode != os.stat("/proc/self/ns/pid").st_ino and len(in_namespace(inode)) >= 6
     assert in_namespace(inode) == []
     os.close(held)
