@@ -167,7 +167,7 @@ class Box:
                     waiting += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
 
     def memory(self) -> int:
-        """Bytes that all processes and the work folder hold. What forked processes share counts once (found out only where it decides: that is slow)."""
+        """Bytes that all processes and the work folder hold. What forked processes share counts once (looked up only where it decides)."""
         pids = list(self.pids())
         folder = sum(map(_held, pids[1:2] if not self.folder else []))
         often = sum(_memory(f"/proc/{pid}/status", ("RssAnon:", "RssShmem:", "VmSwap:")) for pid in pids)
