@@ -93,6 +93,11 @@ def train(args: list[str]) -> int:
     return run([environment(), "-m", "cmlib.lab.zoo", *args])
 
 
+def mutants(args: list[str]) -> int:
+    """Plant a fault in every method, one at a time, and print the test that notices it: [KEY ...] [--jobs 2]."""
+    return run([environment(), ROOT / "tests" / "mutants.py", *args])
+
+
 def notebooks(args: list[str]) -> int:
     """Run every notebook afresh and store what it shows, or those given: [NOTEBOOK ...]."""
     python = environment()
@@ -127,7 +132,7 @@ def clean(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    f.__name__: f for f in (setup, lab, voila, test, bench, fuzz, notebooks, exercises, lint, train, clean)
+    f.__name__: f for f in (setup, lab, voila, test, bench, fuzz, mutants, notebooks, exercises, lint, train, clean)
 }
 PLAIN = (setup, clean)  # these take no arguments
 

@@ -1,0 +1,117 @@
+"""What the tests are worth: every method with faults planted in it, one at a time, and the test that notices.
+
+``python -m cmlib mutants [KEY ...]`` prints the table. The faults are data beside the oracles: each ``tests/test_oracles_*.py`` has a list
+``MUTATIONS`` of (key, file, text, replaced by, what is wrong then). A copy of the package gets one fault, the laws of that method and the file of its
+oracles are run on it, and the first test to fail is named. A method without a fault, or a fault that nothing notices, is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+COPIED = ("cmlib", "tests")  # the rest of the tree is linked
+SECONDS = 300  # a fault may make a loop endless: that is noticed too
+
+
+class Mutation(NamedTuple):
+    key: str
+    file: str
+    text: str
+    replaced: str
+    fault: str
+    oracles: str  # the test file that lists it
+
+
+def listed(root: Path = ROOT) -> Iterator[Mutation]:
+    """Every mutation of the oracle files. ValueError where a text does not stand exactly once in its file."""
+    for path in sorted((root / "tests").glob("test_oracles_*.py")):
+        for entry in getattr(import_module(path.stem), "MUTATIONS", ()):
+            found = Mutation(*entry, f"tests/{path.name}")
+            count = (root / found.file).read_text().count(found.text)
+            if count != 1:
+                raise ValueError(f"{path.name}: {found.key}: {found.text!r} stands {count} times in {found.file}")
+            yield found
+
+
+def copy_of(root: Path, to: Path) -> Path:
+    """The tree at ``to``: what is mutated or run as files of its own, everything else as links."""
+    for item in root.iterdir():
+        if item.name in COPIED:
+            shutil.copytree(item, to / item.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif not item.name.startswith("."):
+            (to / item.name).symlink_to(item)
+    return to
+
+
+def caught_by(mutation: Mutation, tree: Path) -> str:
+    """The first test that fails with the mutation in ``tree``, which is as before afterwards; "" where all pass."""
+    path = tree / mutation.file
+    sound = path.read_text()
+    path.write_text(sound.replace(mutation.text, mutation.replaced))
+    try:
+        return _failed(tree, "tests/test_laws.py", "-k", f"test_law and {mutation.key}") or _failed(tree, mutation.oracles)
+    finally:
+        path.write_text(sound)
+
+
+def _failed(tree: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", *arguments]
+    try:
+        done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"{arguments[0]}: not done after {SECONDS} s"
+    if done.returncode in (0, 5):  # all passed; nothing selected
+        return ""
+    named = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+    return named.group(1).removeprefix("tests/") if named else f"pytest ended with {done.returncode}"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cmlib mutants", description=__doc__.split("\n")[0])
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="methods to try; all of the catalogue by default")
+    parser.add_argument("--jobs", type=int, default=2)
+    asked = parser.parse_args(arguments)
+    from cmlib.methods import catalog
+
+    wanted = asked.keys or list(catalog())
+    mutations = [m for m in listed() if m.key in wanted]
+    print("| method | planted fault | caught by | seconds |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for job in range(asked.jobs):
+            (own := Path(folder) / str(job)).mkdir()
+            trees.put(copy_of(ROOT, own))
+
+        def tried(mutation: Mutation) -> str:
+            tree, started = trees.get(), time.monotonic()
+            found = caught_by(mutation, tree)
+            trees.put(tree)
+            print(f"| {mutation.key} | {mutation.fault} | {found or '**nothing**'} | {time.monotonic() - started:.0f} |", flush=True)
+            return found
+
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            results = list(pool.map(tried, mutations))
+    bare, missed = [k for k in wanted if k not in {m.key for m in mutations}], results.count("")
+    print(f"\n{len(results) - missed} of {len(results)} faults caught, in {len({m.key for m in mutations})} of {len(wanted)} methods.")
+    if bare:
+        print(f"No fault is planted in {', '.join(bare)}.")
+    return int(bool(missed or bare))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
