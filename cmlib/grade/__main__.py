@@ -81,12 +81,14 @@ def _one(name: str, options: argparse.Namespace, roster: dict[str, Student] | No
     """All rows of an exercise: what was handed in, in the order of students, then who handed in nothing."""
     exercise = source.read(options.source / name / f"{name}.ipynb")
     submissions = find(options.submissions, name)
-    results = dict(_results(exercise, submissions, options))
-    rows = [_row(exercise, s, results[s.student], roster) for s in submissions]
     if options.gradebook:
         from .gradebook import enter, register  # nbgrader takes a second to import
 
-        rows = list(enter(options.gradebook, rows, register(options.gradebook, name, exercise.path)))
+        released = register(options.gradebook, name, exercise.path)  # before all the work, so that a wrong address is told at once
+    results = dict(_results(exercise, submissions, options))
+    rows = [_row(exercise, s, results[s.student], roster) for s in submissions]
+    if options.gradebook:
+        rows = list(enter(options.gradebook, rows, released))
     return rows + [Row(s, name, exercise.points) for s in (roster or {}).values() if s.id not in results]
 
 
@@ -100,10 +102,9 @@ def _row(exercise: source.Exercise, submission: Submission, result: Grade | many
 
 def _results(exercise: source.Exercise, submissions: list[Submission], options: argparse.Namespace) -> Iterable[tuple[str, Grade | many.Failure]]:
     """Each student's grade: those of an earlier run at once, the others as they are made."""
-    todo = []
+    todo, digests = [], {s: digest(s, exercise) for s in submissions}
     for s in submissions:
-        earlier = many.stored(options.out, exercise.name, s.student, digest(s, exercise))
-        if earlier:
+        if earlier := many.stored(options.out, exercise.name, s.student, digests[s]):
             yield s.student, earlier
         else:
             todo.append(s)
@@ -114,6 +115,8 @@ def _results(exercise: source.Exercise, submissions: list[Submission], options: 
     run = partial(many.on_cluster, address=options.scheduler) if options.scheduler else partial(many.on_threads, jobs=options.jobs)
     progress = many.Progress(exercise.name, len(submissions), len(submissions) - len(todo))
     for submission, result in run(work, todo):
+        if isinstance(result, Grade) and result.digest != digests[submission]:
+            result = many.Failure("the submission changed meanwhile, or a worker has another kit")
         if isinstance(result, Grade):
             many.store(options.out, result)
             progress(f"{submission.student}: {result.points:g} of {result.max:g}")

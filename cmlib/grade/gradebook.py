@@ -24,6 +24,7 @@ from nbgrader.api import Grade as Entry
 from nbgrader.api import Gradebook, SubmittedNotebook
 from nbgrader.utils import parse_utc
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from .judge import Mark
 from .report import Row
@@ -47,7 +48,11 @@ def opened(url: str) -> Iterator[Gradebook]:
     beside = str(Path(sys.executable).parent)
     if not shutil.which("alembic"):
         os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), beside))
-    with Gradebook(url) as book:
+    try:
+        book = Gradebook(url)
+    except SQLAlchemyError as error:
+        raise ValueError(f"no gradebook at {url!r}: {error}") from error
+    with book:
         yield book
 
 

@@ -185,6 +185,14 @@ def test_the_command_enters_grades_and_takes_a_persons_points_into_its_tables(co
     assert "well seen" in (course.folder / "grades" / "feedback" / "anna.html").read_text()
 
 
+@pytest.mark.parametrize("url", ["gradebook.db", "sqlite:////nowhere/gradebook.db", "oracel://x"])
+def test_a_gradebook_that_cannot_be_opened_is_told_before_the_work(course, url, capsys):
+    hand_in(course.folder / "submitted", "anna", answered())
+    told = [course.folder / "submitted", "--source", course.folder / "source", "--out", course.folder / "grades", "--dangerously-without-a-box"]
+    assert main([*map(str, told), "--gradebook", url]) == 2
+    assert f"no gradebook at '{url}'" in capsys.readouterr().err and not list((course.folder / "grades").iterdir())
+
+
 @pytest.mark.parametrize("place", sorted(SOURCES.glob("*/*.ipynb")), ids=lambda p: p.stem)
 def test_the_kits_own_exercises_enter_the_gradebook(course, place):
     exercise = source.read(place)
