@@ -1,9 +1,9 @@
 """The planted faults stand where they say, and no method is without one. That each is noticed, ``python -m cmlib mutants`` shows."""
 
 import pytest
+from mutants import ROOT, caught_by, copy_of, listed
 
 from cmlib.methods import catalog
-from mutants import ROOT, caught_by, copy_of, listed
 
 MUTATIONS = list(listed())
 
