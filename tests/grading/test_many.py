@@ -113,8 +113,8 @@ def kill_always(submission):
 def cluster():
     distributed, dask = pytest.importorskip("distributed"), pytest.importorskip("dask")
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1}),  # as few deaths as will do: each takes seconds
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),  # as few deaths as will do: each takes seconds
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
     ):
         yield cluster
 
