@@ -75,9 +75,10 @@ def less_is_more_compact_cnn(
     """Less is more: sparse constraints on neurons.
 
     min L(w) + lam sum_n ||w_n||_2 + rank ||W||_*, by forward-backward splitting: gradient steps, and ``every`` so many the closed proximal steps, of
-    as much as that many together (survey 001, 2.1.2 [39]). Neurons at zero are removed, above all of large dense layers. Paper's knobs: lambda_group
-    is ``lam``, lambda_lowrank ``rank``. From the abstract: which tensors the paper holds to a low rank is uncertain; here it is the weight matrix
-    (out, rest), and the singular values give way before the neurons, one after the other, which is the proximal step of the sum only where one is 0.
+    as much as that many together (survey 001, 2.1.2 [39]). Neurons at zero are removed, above all of large dense layers; between two proximal steps
+    they are not at zero. The paper's lambda_group is ``lam``, its lambda_lowrank ``rank``. From the abstract: which tensors the paper holds to a low
+    rank is uncertain; here it is the weight matrix (out, rest), whose singular values give way first and its neurons then, which is the proximal step
+    of the sum only where one of the two is 0.
     """
     return Masked(w, (group_norms(w, "filter") > 0).expand_as(w), straight=True)
 
