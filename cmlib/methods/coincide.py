@@ -34,7 +34,7 @@ COINCIDENCES = (
                 "before training Z keeps the columns of largest norm", {"saliency": "obd"}),
     Coincidence("soft_filter_pruning", {**HALF, "p": 1}, "l1_norm_filter_pruning", HALF, "before training the filters of least norm go", {"p": 2}),
     Coincidence("network_slimming", HALF, "ista_channel_pruning", HALF, "both rank channels by |gamma|; what counts is how gamma got there", None),
-    Coincidence("energy_aware_pruning", {**HALF, "restore": 0.0, "refit": "off"}, "magnitude_pruning_han", HALF, "nothing brought back or fitted anew",
+    Coincidence("energy_aware_pruning", {**HALF, "restore": 0.0, "refit": "off"}, "magnitude_pruning_han", HALF, "nothing brought back or fitted",
                 {"restore": 0.3}),
     # one bit
     Coincidence("loss_aware_binarization", {"curvature": "ones", "per": "filter"}, "xnor_net", BWN, "a loss that is flat alike in all weights",
