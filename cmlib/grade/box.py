@@ -59,7 +59,8 @@ def missing() -> str:
 @functools.cache
 def _refusal() -> str:
     """Containers and some systems forbid the namespaces that bubblewrap needs; it then says which."""
-    done = subprocess.run([*command(MB), "--", "true"], capture_output=True, text=True, env=ENVIRONMENT)
+    tried = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "true"]
+    done = subprocess.run(tried, capture_output=True, text=True, env=ENVIRONMENT)
     return f"bubblewrap is installed but may not make a box here: {done.stderr.strip()}" if done.returncode else ""
 
 

@@ -317,10 +317,10 @@ import os, sys
 sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]}
 from test_box import ORPHANS, ROOMY
 from cmlib.grade.judge import Boxed
-boxed = Boxed([ORPHANS], ROOMY)
+boxed = Boxed([ORPHANS, "def forever():\\n    while True: pass"], ROOMY)
 boxed.call("answer", (), {{}})
 print([*boxed.box.pids()][-1], flush=True)
-sys.stdin.read()
+boxed.call("forever", (), {{}})
 """
     grader = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     held = os.open(f"/proc/{int(grader.stdout.readline())}/ns/pid", os.O_RDONLY)
