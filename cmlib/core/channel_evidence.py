@@ -170,11 +170,11 @@ def widths(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -
 
 def responses(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> Evidence:
     """What the classifier, the layer that runs last, reads: (examples, features), the same for each layer."""
-    everywhere = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    covered, everywhere = _groups(model, layers, x), {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
     with torch.no_grad(), _watched(everywhere) as seen:
         model(x)
     last = next(reversed(seen.values()))[0].flatten(1)
-    return {name: last for name, _ in _groups(model, layers, x)}
+    return {name: last for name, _ in covered}
 
 
 def propagated(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, Callable[[Tensor], Tensor]]:
