@@ -182,6 +182,7 @@ def propagated(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Los
 
     It is the gradient of worth . features in a copy of the network of absolute weights and batch norm scales, without shifts, every ReLU open.
     """
+    covered = _groups(model, layers, x)  # first: what an attached weight is without gradients is kept, and channels are followed by gradients
     copy, ones = with_plain_weights(model).requires_grad_(True), torch.ones_like(x[:1])
     with torch.no_grad():
         for m in copy.modules():
@@ -200,7 +201,7 @@ def propagated(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Los
             gradients = torch.autograd.grad(found.output[0, 0], found.relu or [found.last], allow_unused=True)
             return sum(g[0].reshape(g.shape[1], -1).sum(1) for g in gradients if g is not None)
 
-    return {name: partial(worth, name=name) for name, _ in _groups(model, layers, x)}
+    return {name: partial(worth, name=name) for name, _ in covered}
 
 
 CHANNEL_PROVIDERS = {

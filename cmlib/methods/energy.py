@@ -175,9 +175,9 @@ def ecc_energy_bilinear(
 
     A network of widths s costs E(s) = a_0 + sum_j a_j s_in s_out, a >= 0 fitted by least squares to ``profiles`` random widths whose cost is asked
     for as of a black box; then min loss so that E(s) <= ``budget`` of the dense cost, by gradient descent on s and ascent on the multiplier
-    (survey 001, 2.1.2 [16]). The box here counts multiply-adds, no joules. The paper trains the weights in that loop; here the loss is what the smallest
-    filters' squared norms are of their layer's, so that widths come at once: ``fit`` afterwards. Some channels of each layer stay whatever the
-    budget.
+    (survey 001, 2.1.2 [16]). The box here counts multiply-adds, no joules. The paper trains the weights in that loop; here the loss is what the
+    smallest filters' squared norms are of their layer's, so that widths come at once: ``fit`` afterwards. A channel of each layer stays whatever
+    the budget.
     """
     number, group = channel
     full, draw = widths.full, torch.Generator().manual_seed(seed)
