@@ -1,7 +1,7 @@
-"""Chapter 04, quantization: one bit a weight chosen by what it does to the loss or to the outputs, and sums of several signs.
+"""Chapter 04, quantization: one bit chosen well, sums of signs.
 
-Leaves give the codes of a weight; ``acts`` of a method is what it rounds the layers' inputs to. Of a pruned layer the weight is the vector of what is
-left. (Survey sections are of the 2020 survey, 001.) Signs take sign(0) = +1.
+The bit is chosen by what it does to the loss or to the outputs. Leaves give the codes of a weight; ``acts`` of a method is what it rounds the layers'
+inputs to. Of a pruned layer the weight is the vector of what is left. (Survey sections are of the 2020 survey, 001.) Signs take sign(0) = +1.
 """
 
 from __future__ import annotations

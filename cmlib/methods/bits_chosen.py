@@ -1,6 +1,6 @@
-"""Chapter 04, quantization: how many bits each weight takes, chosen by what it does to the loss.
+"""Chapter 04, quantization: bits chosen for each weight.
 
-(Survey sections are of the 2020 survey, 001.)
+Chosen by what they do to the loss. (Survey sections are of the 2020 survey, 001.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chapter 04, quantization: levels found by clustering, and learned bases.
+"""Chapter 04, quantization: codebooks and learned bases.
 
 Leaves give the codes of a weight; ``acts`` of a method is what it rounds the layers' inputs to. Of a pruned layer the weight is the vector of what is
 left. (Survey sections are of the 2020 survey, 001.)

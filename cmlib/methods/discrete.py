@@ -1,8 +1,7 @@
-"""Chapter 04, quantization: float weights drawn towards few levels by training: by splitting, by chances for each level, by
-noise, by clusters that are rounded one after another.
+"""Chapter 04, quantization: training draws weights to levels.
 
-Leaves give the codes of a weight, and in training what stands in for them. Of a pruned layer the weight is the vector of what is left. (Survey
-sections are of the 2020 survey, 001.)
+By splitting, by chances for each level, by noise, by clusters that are rounded one after another. Leaves give the codes of a weight, and in training
+what stands in for them. Of a pruned layer the weight is the vector of what is left. (Survey sections are of the 2020 survey, 001.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Chapter 04, quantization: weights, inputs and gradients of few bits, so that training multiplies little or keeps little.
+"""Chapter 04, quantization: few bits in training too.
 
-Leaves give the codes of a weight; of their companions ``acts`` rounds the layers' inputs, ``errors`` the gradients at their outputs, ``saves`` what
-is kept of the inputs for the weights' gradient. (Survey sections are of the 2020 survey, 001.)
+Weights, inputs and gradients, so that training multiplies little or keeps little. Leaves give the codes of a weight; of their companions ``acts``
+rounds the layers' inputs, ``errors`` the gradients at their outputs, ``saves`` what is kept of the inputs for the weights' gradient. (Survey sections
+are of the 2020 survey, 001.)
 """
 
 from __future__ import annotations

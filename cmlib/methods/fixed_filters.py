@@ -1,6 +1,7 @@
-"""Chapter 04, quantization: layers whose filters are drawn once, of one bit and a sign, and never learn.
+"""Chapter 04, quantization: drawn filters that never learn.
 
-A block makes a layer: (channels in, channels out) and what a convolution is told -> nn.Module. (Survey sections are of the 2020 survey, 001.)
+Of one bit and a sign, drawn once. A block makes a layer: (channels in, channels out) and what a convolution is told -> nn.Module. (Survey sections
+are of the 2020 survey, 001.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Chapter 04, quantization: number formats for training and for sending: shared exponents, 8-bit floating point, the dynamic tree.
+"""Chapter 04, quantization: number formats.
 
-Leaves give the codes of a weight; ``acts`` of a method is what it rounds the layers' inputs to, ``errors`` what it rounds the gradients at their
-outputs to. (Survey sections are of the 2020 survey, 001.)
+For training and for sending: shared exponents, 8-bit floating point, the dynamic tree. Leaves give the codes of a weight; ``acts`` of a method is
+what it rounds the layers' inputs to, ``errors`` what it rounds the gradients at their outputs to. (Survey sections are of the 2020 survey, 001.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Chapter 04, quantization: levels that are known beforehand: powers of two, those of a normal variable, fixed point, and evenly spaced ones.
+"""Chapter 04, quantization: levels known beforehand.
 
-Leaves give the codes of a weight; ``acts`` of a method is what it rounds the layers' inputs to, ``errors`` what it rounds the gradients at their
-outputs to. Of a pruned layer the weight is the vector of what is left. (Survey sections are of the 2020 survey, 001.)
+Powers of two, the levels of a normal variable, fixed point, and evenly spaced ones. Leaves give the codes of a weight; ``acts`` of a method is what
+it rounds the layers' inputs to, ``errors`` what it rounds the gradients at their outputs to. Of a pruned layer the weight is the vector of what is
+left. (Survey sections are of the 2020 survey, 001.)
 """
 
 from __future__ import annotations

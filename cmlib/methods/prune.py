@@ -1,7 +1,7 @@
-"""Chapter 02: removing single weights (survey 001, section 2.1.1).
+"""Chapter 02, pruning weights: a score or a mask for each weight.
 
-A score says what each weight is worth; the shared selection keeps the best. Four methods learn which weights go while the network trains: they
-return the mask themselves.
+Survey 001, section 2.1.1. A score says what each weight is worth; the shared selection keeps the best. Four methods learn which weights go while the
+network trains: they return the mask themselves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Chapter 02: pruning to a budget of energy or of multiply-adds (survey 001, section 2.1.1).
+"""Chapter 02, pruning weights: to a budget of energy or work.
 
-Layers differ in what a weight costs, so both look at all covered weights at once. ``budget`` is the share of the dense network's cost.
+Survey 001, section 2.1.1. Layers differ in what a weight costs, so both look at all covered weights at once. ``budget`` is the share of the dense
+network's cost.
 """
 
 from __future__ import annotations

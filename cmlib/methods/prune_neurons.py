@@ -1,6 +1,7 @@
-"""Chapter 02: neurons and kernels that do not earn their place (survey 001, section 2.1.1).
+"""Chapter 02, pruning weights: neurons and kernels that add little.
 
-The survey lists these four beside the methods for single weights; three remove whole neurons that say what others say, one removes 2-D kernels.
+The survey (001, section 2.1.1) lists these four beside the methods for single weights; three remove whole neurons that say what others say, one
+removes 2-D kernels.
 """
 
 from __future__ import annotations

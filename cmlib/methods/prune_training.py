@@ -1,7 +1,7 @@
-"""Chapter 02: weights that go while the network trains (survey 001, section 2.1.1), beside those of ``prune``.
+"""Chapter 02, pruning weights: weights that go in training.
 
-Noise with a learned strength, decay of what the output does not depend on, a constrained problem solved by turns, and kernels pruned in the frequency
-domain. Each returns its own mask.
+Survey 001, section 2.1.1, beside those of ``prune``. Noise with a learned strength, decay of what the output does not depend on, a constrained
+problem solved by turns, and kernels pruned in the frequency domain. Each returns its own mask.
 """
 
 from __future__ import annotations

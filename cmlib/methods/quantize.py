@@ -1,7 +1,7 @@
-"""Chapter 04, quantization: weights of one bit, of three levels and of a few bits; inputs and gradients too (survey 001, section 2.2).
+"""Chapter 04, quantization: one bit, three levels, a few bits.
 
-Every leaf gives the codes of a latent weight: levels, the number of each weight's level, and, as ``values``, what carries the straight-through
-gradient. A method's ``acts`` is what it rounds the layers' inputs to. Signs take sign(0) = +1.
+Survey 001, section 2.2. Every leaf gives the codes of a latent weight: levels, the number of each weight's level, and, as ``values``, what carries
+the straight-through gradient. A method's ``acts`` is what it rounds the layers' inputs to. Signs take sign(0) = +1.
 """
 
 from __future__ import annotations

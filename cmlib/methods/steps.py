@@ -1,7 +1,8 @@
-"""Chapter 04, quantization: in steps: inputs before weights, layer after layer, a portion at a time, fewer and fewer bits; and the splitting of ADMM.
+"""Chapter 04, quantization: rounded in steps.
 
-Leaves give the codes of a weight; ``acts`` of a method is what it rounds the layers' inputs to. A tool is called as it is; a recipe gives its
-stages. (Survey sections are of the 2020 survey, 001.)
+Inputs before weights, layer after layer, a portion at a time, fewer and fewer bits; and the splitting of ADMM. Leaves give the codes of a weight;
+``acts`` of a method is what it rounds the layers' inputs to. A tool is called as it is; a recipe gives its stages. (Survey sections are of the 2020
+survey, 001.)
 """
 
 from __future__ import annotations

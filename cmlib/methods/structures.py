@@ -1,7 +1,7 @@
-"""Chapter 03: removing structures (survey 001, section 2.1.2).
+"""Chapter 03, pruning structures: whole filters.
 
-A filter goes whole, with its bias, its batch norm and what the next layer reads of it, so that the network is really smaller (``bake``). Six
-methods say what each filter is worth, with one number for each; three learn what goes while the network trains.
+Survey 001, section 2.1.2. A filter goes whole, with its bias, its batch norm and what the next layer reads of it, so that the network is really
+smaller (``bake``). Six methods say what each filter is worth, with one number for each; three learn what goes while the network trains.
 """
 
 from __future__ import annotations

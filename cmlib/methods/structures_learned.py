@@ -1,6 +1,7 @@
-"""Chapter 03: structures that training itself takes away (survey 001, section 2.1.2; survey 004).
+"""Chapter 03, pruning structures: taken away by training.
 
-Norms of neurons that proximal steps bring to zero, and columns of the weight matrix that go by rank or with a probability.
+Survey 001, section 2.1.2; survey 004. Norms of neurons that proximal steps bring to zero, and columns of the weight matrix that go by rank or with a
+probability.
 """
 
 from __future__ import annotations

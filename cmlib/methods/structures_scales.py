@@ -1,7 +1,7 @@
-"""Chapter 03: a factor for each channel, learned (survey 001, section 2.1.2; survey 003).
+"""Chapter 03, pruning structures: a learned factor a channel.
 
-What a channel says is multiplied by a number of its own, behind batch norm where there is one (``Training.gain``), or batch norm's scale is that
-number; a penalty or noise brings it to zero, and the channel goes.
+Survey 001, section 2.1.2; survey 003. What a channel says is multiplied by a number of its own, behind batch norm where there is one
+(``Training.gain``), or batch norm's scale is that number; a penalty or noise brings it to zero, and the channel goes.
 """
 
 from __future__ import annotations
