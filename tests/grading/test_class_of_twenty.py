@@ -138,8 +138,8 @@ NOTES = {
     "lena": "the notebook's language is 'R'",
     "mara": "the notebook's language is 'R'",
     "olga": "code cell 2: too slow",
-    "pete": "2 notebooks: small.ipynb was read",
-    "rosa": "handed in twice: rosa.ipynb was not read",
+    "pete": "2 notebooks: 'small.ipynb' was read",
+    "rosa": "handed in twice: 'rosa.ipynb' was not read",
     "zoe": "is not on the roster",
 }
 
