@@ -1,7 +1,7 @@
-"""Chapter 03: structures judged by what the rest of the network makes of them (survey 001, section 2.1.2; survey 004).
+"""Chapter 03, pruning structures: judged by the layers behind.
 
-Places of a map that need not be worked out; filters whose worth is propagated from the last features, seen in the loss of the layers behind, sampled
-with a guarantee, or ranked anew across the network while it trains.
+Survey 001, section 2.1.2; survey 004. Places of a map that need not be worked out; filters whose worth is propagated from the last features, seen in
+the loss of the layers behind, sampled with a guarantee, or ranked anew across the network while it trains.
 """
 
 from __future__ import annotations
