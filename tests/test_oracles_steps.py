@@ -309,6 +309,16 @@ def test_two_step_training_moves_alpha_alone(digits64):
     assert torch.allclose(kept.dense()[kept.mask], expected.dense(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("key, out", [("bwnh", 8), ("two_step_quantization", 1)])
+def test_what_inputs_show_is_not_taken_for_a_number_a_weight_where_shapes_agree(key, out):
+    """Of a pruned layer (8, 8) the inputs' second moment is (1, 8, 8) too; of one output the sampled rows are (samples, 1, 8)."""
+    torch.manual_seed(0)
+    x, y = torch.rand(40, 8, dtype=F64), torch.rand(40, out, dtype=F64)
+    pruned = compress(nn.Sequential(nn.Linear(8, out)).double(), "magnitude_pruning_han", keep=0.5)
+    found = plan(pruned, key, data=(x, y), loss=F.mse_loss)["0"]
+    assert found.kept == 4 * out and found.dense().abs().unique().numel() == 2
+
+
 # ELQ
 
 

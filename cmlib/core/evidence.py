@@ -247,6 +247,7 @@ GATHERED = (
     loss_at,
 )
 OF_WEIGHTS = {"quality", "loss_at"}  # what the network does with other weights, which a plain copy takes
+OF_INPUTS = {f.__name__ for f in (acts_in, arriving, acts_gram, acts_rows)}  # says nothing of single weights, whatever its shape
 PROVIDERS: dict[str, Callable[..., Evidence]] = {f.__name__: f for f in GATHERED}
 
 

@@ -20,7 +20,7 @@ from .apply import Plan, plan_of, weighted, with_plain_weights
 from .channel_evidence import CHANNEL_PROVIDERS, WITHOUT_DATA, into_reader, reader_of
 from .channels import Structure, Vectors, example_of
 from .codes import SparseCodes
-from .evidence import OF_WEIGHTS, Evidence, Loss, in_evaluation
+from .evidence import OF_INPUTS, OF_WEIGHTS, Evidence, Loss, in_evaluation
 from .evidence import PROVIDERS as LAYER_PROVIDERS
 from .inputs import as_input, device_of, sample
 from .knobs import nearest
@@ -160,7 +160,7 @@ class Planner:
             elif before.kept == 0:
                 plan[name] = before
             else:
-                left = {n: _of_what_stays(v, before.mask) for n, v in given.items()}
+                left = {n: None if n in OF_INPUTS else _of_what_stays(v, before.mask) for n, v in given.items()}
                 codes = call(self.method.fn, left, {**knobs, "state": None})
                 plan[name] = (
                     before if isinstance(codes, Masked) else SparseCodes(given["w"], before.mask, codes, state=codes.state, vectors=before.vectors)
