@@ -235,7 +235,7 @@ def provable_filter_pruning(next_acts_in, next_w, *, variant: Annotated[str, Pic
     keep the sum within 1 +- eps of its value with probability 1 - delta if m ~ sum s log(1 / delta) / eps^2, channel j weighing n_j / (m p_j)
     (survey 004). The score is sum s / r_j, r_j = 1, 2, ... the turn in which j is first drawn (``deterministic``: by falling s_j, unweighted):
     across the network those above one threshold stay, which is the same eps in every layer; the paper's delta and constants only move that
-    threshold. Draws come as a Poisson process and end with the last channel that stays, so that weights are unbiased at a fixed m, and nearly so here.
+    threshold. Draws come as a Poisson process and end with the last channel that stays: weights are unbiased at a fixed m, and nearly so here.
     """
     s = sensitivities(next_acts_in, next_w)
     turn = (arrivals(s, seed) if variant == "rand" else -s).argsort(stable=True).argsort()
