@@ -125,6 +125,11 @@ def a_neighbours(n):
     return _layer(other)
 
 
+@wrong("1.2", "is `student` yours?")
+def no_id(n):
+    return _layer(variant("", "1.2"))
+
+
 @wrong("1.2", "the input is padded")
 def valid_convolution(n):
     return _layer(n, multiply_adds=n["cin"] * n["cout"] * (n["kernel"] * (n["size"] - n["kernel"] + 1)) ** 2)
