@@ -1,7 +1,7 @@
-"""Chapter 03: energy, reckoned by a model, and pruning to save it (survey 001, sections 2.1.2 and 1.2).
+"""Chapter 03, pruning structures: to save energy.
 
-A model of energy counts multiply-adds and what is fetched from where, at published ratios; no joule is measured here. Widths of layers can be chosen
-for any cost that a few networks were profiled for, by a bilinear fit.
+Survey 001, sections 2.1.2 and 1.2. A model of energy counts multiply-adds and what is fetched from where, at published ratios; no joule is measured
+here. Widths of layers can be chosen for any cost that a few networks were profiled for, by a bilinear fit.
 """
 
 from __future__ import annotations
