@@ -8,10 +8,10 @@ left for the second (one seed: its steps cost up to four times as much).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
@@ -26,7 +26,7 @@ from ..core.planner import Planner
 from ..lab import runs
 from ..lab.data import load_data
 from ..lab.train import evaluate, fit
-from ..lab.verbs import compress, plan
+from ..lab.verbs import plan
 from ..lab.zoo import SEEDS, card, load_net, recipe
 from ..methods import find, prune, structures
 from ..view.plots import published
@@ -154,28 +154,44 @@ def _place(key: str, seed: int, knobs: dict[str, Any], dense: nn.Module, data: A
     model = deepcopy(dense) if key == DENSE else pruned(dense, find(key), knobs, data)
     if key != DENSE and find(key).learns:
         how["epochs"] //= 2
-        fit(model, part, **{**how, **LEARNING.get(key, {})}, seed=seed, keep_best=False)
-        model = attach_plan(with_plain_weights(model), plan_of(model))
+        model = learned(model, part, seed=seed, **{**how, **LEARNING.get(key, {})})
     before = evaluate(model, data)
     after = fit(model, part, **how, seed=seed + 1000).best_accuracy
     return {"ratio": weights(dense) / weights(model), "before": before, "accuracy": after}
 
 
+def learned(model: nn.Module, data: Any, **how: Any) -> nn.Module:
+    """A copy of what is left once the attached methods have learned their masks, which stay; ``how`` goes to ``fit``."""
+    fit(model, data, keep_best=False, **how)
+    return attach_plan(with_plain_weights(model), plan_of(model))
+
+
 def pruned(dense: nn.Module, method: Method, knobs: dict[str, Any], data: Any) -> nn.Module:
-    """A copy of ``dense`` with the method attached.
+    """A copy of ``dense`` with the method attached, as ``pruner`` does it."""
+    return pruner(dense, method, data)(knobs)
+
+
+def pruner(dense: nn.Module, method: Method, data: Any) -> Callable[[dict[str, Any]], nn.Module]:
+    """A function of knobs that gives a copy of ``dense`` with the method attached; what the method asks for is gathered once.
 
     A ``keep`` among the knobs is shared out: whole filters keep its square root in every layer (weights go with their inputs too), weights in each
     layer what pruning by magnitude across the whole network leaves it.
     """
-    if "keep" not in knobs:
-        return compress(dense, method, data=data, **knobs)
-    if whole_filters(method):
-        return compress(dense, method, data=data, **{**knobs, "keep": knobs["keep"] ** 0.5})
-    model = deepcopy(dense)
-    for name, packed in plan(dense, "magnitude_pruning_han", keep=knobs["keep"], scope="network").items():
-        here = method.bind({**knobs, "keep": max(packed.kept / packed.mask.numel(), 0.001)})
-        attach_plan(model, plan(dense, method, where=name, data=data, **here), method, here)
-    return model
+    planner = cache(partial(Planner, dense, method, data=data))
+
+    def shared(knobs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        if "keep" not in knobs or whole_filters(method):
+            return {"*": {**knobs, **({"keep": knobs["keep"] ** 0.5} if "keep" in knobs else {})}}
+        left = plan(dense, "magnitude_pruning_han", keep=knobs["keep"], scope="network")
+        return {name: {**knobs, "keep": max(packed.kept / packed.mask.numel(), 0.001)} for name, packed in left.items()}
+
+    def made(knobs: dict[str, Any]) -> nn.Module:
+        model = deepcopy(dense)
+        for where, given in shared(knobs).items():
+            attach_plan(model, planner(where=where)(**given), method, method.bind(given))
+        return model
+
+    return made
 
 
 def whole_filters(method: Method) -> bool:

@@ -1,0 +1,260 @@
+"""The atlas: LeNet-5 on MNIST by every method that has a plan, at equal bytes, with the same short training; three seeds, and runs are kept.
+
+A method's size is set by a knob of its own, on the first seed's network, so that the weights take at most ``SHARE`` of the dense ones' bytes and come
+as near as the knob comes; what has no such knob is placed where it is. Then two rounds of training. Who learns its masks learns in the first and
+trains what is left in the second; who rounds a portion of the weights rounds half of them before the first and the rest between the two; for all
+others the rounds do not differ. Of two learning rates a method has the one that is better on the validation part with the first seed. Methods that
+can leave the layers' inputs alone are told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from ..core.apply import plan_of, weighted
+from ..core.bake import bake
+from ..core.inputs import sample
+from ..core.knobs import Pick, Span
+from ..core.method import Method
+from ..core.packed import Masked
+from ..lab import runs
+from ..lab.data import load_data
+from ..lab.measure import input_bits
+from ..lab.stages import turn
+from ..lab.train import evaluate, fit
+from ..lab.zoo import SEEDS, card, load_net, recipe
+from ..methods import catalog, find
+from .curves import DATA, DENSE, NET, learned, pruner
+from .structures import PARTS, trained
+from .tables import heading, line, percent
+
+SHARE = 1 / 15  # two bits a weight, and room for scales, codebooks and columns
+IMAGES, ROUNDS = 3_000, 2
+TRAINING = {"batch": 32, "weight_decay": 0.0}
+RATES = (3e-4, 3e-3)
+GROWS = ("keep", "budget", "bits", "k", "word_bits", "low_bits", "mantissa_bits", "m_bases", "M_weight_bases")  # more of it, more bytes
+SHRINKS = ("c", "lam", "lambda_g", "gamma", "threshold", "loss_budget")  # more of it, fewer bytes
+STEPS = 257  # places on a knob that is no whole number
+STAGED = ("portion", "depth")  # what is turned up between the rounds
+WEIGHTS_ALONE = {"a_bits": 32, "g_bits": 32, "mode": "bwn", "use": "weights"}  # wherever a method allows it
+SHORT: dict[str, dict[str, Any]] = {  # where a default is made for longer training
+    "sparse_variational_dropout": {"log_sigma2": -5.0}, "l0_hard_concrete": {"start": 0.5}, "admm_weight_pruning": {"every": 20},
+    "structured_probabilistic_pruning": {"every": 10}, "global_dynamic_pruning": {"every": 10},
+}  # fmt: skip
+
+
+def atlas() -> Iterator[str]:
+    """Test accuracy of every method at equal bytes, the best at the top."""
+    for seed in SEEDS:
+        for key in (DENSE, *methods()):
+            if not refused(key):
+                run(key, seed, better(key))
+    found = table()
+    yield from heading(
+        f"LeNet-5 on MNIST by every method, the weights in at most {SHARE * dense_bytes():,.0f} of {dense_bytes():,} bytes, "
+        f"after {ROUNDS} rounds of {IMAGES:,} images; three seeds, mean ± standard deviation",
+        "method", "bytes of the weights", "bits a weight", "set by", "learning rate", "untrained", "validation", "test",
+        "test, points beside dense", "remark",
+    )  # fmt: skip
+    dense = found[found.key == DENSE].test.mean()
+    for key, lines in found.groupby("key", sort=False):
+        one = lines.iloc[0]
+        scores = [percent(lines[part]) for part in ("before", *PARTS)]
+        change = f"{100 * (lines.test.mean() - dense):+.2f}"
+        yield line(f"`{key}`", f"{lines.bytes.mean():,.0f}", f"{lines.bits.mean():.2f}", one.knob, one.rate, *scores, change, one.remark)
+    for key, why in refusals().items():
+        yield line(f"`{key}`", *[""] * 8, f"not applicable: {why}")
+    yield f"\n{trained(found)}"
+
+
+def methods() -> list[str]:
+    """The keys of the methods that have a plan."""
+    return [m.key for m in catalog().values() if not m.no_plan]
+
+
+def table() -> pd.DataFrame:
+    """The stored runs, a line a method and seed, the best on the test part first.
+
+    key, chapter, seed, knob ("keep = 0.052"), rate, before, validation, test (accuracies in [0, 1]; ``before`` any training, on validation), bytes,
+    bits (a weight), remark, machine, date.
+    """
+    lines = []
+    for key in (DENSE, *methods()):
+        if not refused(key):
+            found = runs.of([given(key, seed, better(key)) for seed in SEEDS])
+            lines.append(found.assign(key=key, chapter="" if key == DENSE else find(key).chapter, knob=setting(key), remark=remark(key, found)))
+    made = pd.concat(lines, ignore_index=True)
+    made = made.assign(bits=32 * made.bytes / dense_bytes(), mean=made.groupby("key").test.transform("mean"))
+    return made.sort_values(["mean", "key", "seed"], ascending=[False, True, True]).drop(columns="mean")
+
+
+def refusals() -> dict[str, str]:
+    """{method: what it says itself} of those that LeNet-5 has nothing for, and {method: what to do instead} of those without a plan."""
+    said = {key: refused(key) for key in methods()}
+    return {k: why for k, why in said.items() if why} | {m.key: m.no_plan for m in catalog().values() if m.no_plan}
+
+
+def refused(key: str) -> str:
+    return "" if key == DENSE else size(key)["refused"]
+
+
+def setting(key: str) -> str:
+    """The size knob and its value, in words."""
+    found = {"knob": ""} if key == DENSE else size(key, better(key))
+    return f"{found['knob']} = {found['value']:.3g}" if found["knob"] else "no knob"
+
+
+def remark(key: str, found: pd.DataFrame) -> str:
+    """Why a method's place is not to be compared with the others' straight away; empty where it is."""
+    if key == DENSE:
+        return "the control"
+    goal, said = SHARE * dense_bytes(), []
+    if found.bytes.mean() > 1.02 * goal:
+        said.append("has no fewer bytes")
+    if found.bytes.mean() < 0.9 * goal:
+        said.append("comes no nearer from below")
+    if (bits := found.inputs.min()) < 32:
+        said.append(f"inputs of {bits:.0f} bit{'s' if bits > 1 else ''} too")
+    return ", ".join(said)
+
+
+def better(key: str) -> float:
+    """The learning rate that is better on the validation part with the first seed."""
+    return max(RATES, key=lambda rate: run(key, SEEDS[0], rate)["validation"])
+
+
+def run(key: str, seed: int, rate: float) -> dict[str, Any]:
+    """What a method reaches with one seed; read if it was done before."""
+    how = given(key, seed, rate)
+    return runs.stored(how, partial(_run, how))
+
+
+def given(key: str, seed: int, rate: float) -> dict[str, Any]:
+    """What a run's result depends on."""
+    return {"kind": "atlas", **_before(key, seed), "rate": rate, "knobs": {} if key == DENSE else knobs(key, seed, size(key, rate))}
+
+
+def _before(key: str, seed: int) -> dict[str, Any]:
+    """What a run and the search for its size both depend on."""
+    here = {"method": key, "seed": seed, "net": NET, "data": DATA, "checkpoint": card(NET, DATA, seed)["sha256"][:12]}
+    return {**here, "images": IMAGES, "rounds": ROUNDS, **TRAINING}
+
+
+def knobs(key: str, seed: int, found: dict[str, Any]) -> dict[str, Any]:
+    """A method's knobs: its size as found, its draws by the seed, its inputs left alone where they can be."""
+    own, method = WEIGHTS_ALONE | {"seed": seed}, find(key)
+    told = {n: v for n, v in own.items() if n in method.knobs and v in method.knobs[n].span}
+    return {**told, **SHORT.get(key, {}), **({found["knob"]: found["value"]} if found["knob"] else {})}
+
+
+def size(key: str, rate: float = RATES[0]) -> dict[str, Any]:
+    """Where a method's size knob stands for the bytes asked for: {knob ("" where it has none), value, bytes, refused (why it cannot be applied)}.
+
+    The learning rate matters only where the size is learned.
+    """
+    how = {"kind": "atlas_size", **_before(key, SEEDS[0]), "share": SHARE, "rate": rate if learns_size(find(key)) else None}
+    return runs.stored(how, partial(_size, how))
+
+
+def size_knob(method: Method) -> str:
+    """The knob that says how large a method's result is; empty where there is none."""
+    return next((name for name in (*GROWS, *SHRINKS) if name in method.knobs), "")
+
+
+def learns_size(method: Method) -> bool:
+    """Whether its size shows only once it has learned."""
+    return learns_masks(method) and size_knob(method) not in ("keep", "budget")
+
+
+def learns_masks(method: Method) -> bool:
+    return method.kind == "score" and method.learns
+
+
+def _size(how: dict[str, Any]) -> dict[str, Any]:
+    method, data, dense = find(how["method"]), *_given(SEEDS[0])
+    name, goal, prune = size_knob(method), SHARE * dense_bytes(), pruner(dense, method, data)
+
+    def made(value: Any) -> int:
+        model = prune(knobs(method.key, SEEDS[0], {"knob": name, "value": value}))
+        return held(learned(model, data, seed=SEEDS[0], **_round(how["rate"])) if learns_size(method) else model)
+
+    try:
+        tried = search(made, places(method.knobs[name].span), goal, name in SHRINKS) if name else {None: made(None)}
+    except ValueError as error:
+        return {"knob": name, "value": None, "bytes": 0, "refused": str(error)}
+    value = nearest(tried, goal)
+    return {"knob": name, "value": value, "bytes": tried[value], "refused": ""}
+
+
+def places(span: Span | Pick) -> list[Any]:
+    """Where a knob is tried: at every whole number, or evenly along its slider."""
+    return list(range(int(span.lo), int(span.hi) + 1)) if span.integer else span.points(STEPS)
+
+
+def search(made: Callable[[Any], int], values: list[Any], goal: float, shrinks: bool) -> dict[Any, int]:
+    """{value: bytes} of the values that bisection tries on its way to the most bytes within the goal."""
+    values, tried = values[::-1] if shrinks else values, {}
+    low, high = 0, len(values) - 1
+    while low <= high:
+        middle = (low + high) // 2
+        tried[values[middle]] = made(values[middle])
+        low, high = (middle + 1, high) if tried[values[middle]] <= goal else (low, middle - 1)
+    return tried
+
+
+def nearest(tried: dict[Any, int], goal: float) -> Any:
+    """The value with the most bytes within the goal; where none is within it, that with the fewest."""
+    within = [value for value, size in tried.items() if size <= goal]
+    return max(within, key=tried.__getitem__) if within else min(tried, key=tried.__getitem__)
+
+
+@cache
+def dense_bytes() -> int:
+    """Bytes of the dense network's weights."""
+    return held(load_net(NET, DATA))
+
+
+def held(model: nn.Module) -> int:
+    """Bytes that the weights take: as codes, as weights that stay and their places, whichever the method makes; filters that went whole take none."""
+    plan = plan_of(model)
+    if all(isinstance(p, Masked) for p in plan.values()):
+        left = (layer.weight.detach() for layer in weighted(bake(model)).values())
+        return sum(Masked(w, w != 0).bits() for w in left) // 8
+    rest = sum(layer.weight.nbytes for name, layer in weighted(model).items() if name not in plan)
+    return sum(p.bits() for p in plan.values()) // 8 + rest
+
+
+def _given(seed: int) -> tuple[Any, nn.Module]:
+    data = load_data(DATA)
+    return replace(data, train=sample(data, IMAGES)), load_net(NET, DATA, seed)
+
+
+def _round(rate: float) -> dict[str, Any]:
+    """A round of training, as ``fit`` takes it."""
+    return {**recipe(NET, DATA), **TRAINING, "epochs": 1, "lr": rate}
+
+
+def _run(how: dict[str, Any]) -> dict[str, Any]:
+    seed, (data, dense) = how["seed"], _given(how["seed"])
+    method = None if how["method"] == DENSE else find(how["method"])
+    staged = next((n for n in STAGED if method and n in method.knobs), None)
+    prune = pruner(dense, method, data) if method else lambda _: deepcopy(dense)
+    model = prune(how["knobs"])
+    before, training = evaluate(model, data), _round(how["rate"])
+    if staged:
+        model = prune({**how["knobs"], staged: 0.5})
+    if method and learns_masks(method):
+        model = learned(model, data, seed=seed, **training)
+    else:
+        fit(model, data, seed=seed, **training)
+    validation = fit(turn(model, **{staged: 1.0}) if staged else model, data, seed=seed + 1000, **training).best_accuracy
+    inputs = min((input_bits(p) or 32 for p in plan_of(model).values()), default=32)
+    scores = {"before": before, "validation": validation, "test": evaluate(model, data, part="test")}
+    return {**scores, "bytes": held(model), "inputs": inputs}
