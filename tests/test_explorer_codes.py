@@ -372,7 +372,8 @@ def test_a_picture_needs_no_file(monkeypatch):
 
 @pytest.mark.parametrize("key", QUANTIZERS)
 def test_what_training_made_of_a_quantizer_is_shown(digits, tmp_path, key):
-    panel = panel_of(key, where="fc1" if key == "hessian_weighted_kmeans" else "*", **({"portion": 0.5} if "portion" in catalog()[key].knobs else {}))
+    half = {n: 0.5 for n in ("portion", "depth") if n in catalog()[key].knobs}
+    panel = panel_of(key, where="fc1" if key == "hessian_weighted_kmeans" else "*", **half)
     before, model = panel.state, panel.model()
     fit(model, digits, epochs=1, lr=0.05, batch=128, keep_best=False)
     save(model, tmp_path / "model.cml")

@@ -124,17 +124,23 @@ def best_scale(target: Tensor, gram: Tensor, b: Tensor, otherwise: Tensor) -> Te
 
 
 def swept(target: Tensor, gram: Tensor, b: Tensor, alpha: Tensor, levels: Tensor) -> Tensor:
-    """b with each entry in turn, for what else there is, the level of least alpha^2 b^T gram b - 2 alpha target^T b; where none is better, as it was.
+    """b with one entry after another, for what else there is, the level of least alpha^2 b^T gram b - 2 alpha target^T b.
 
-    target and b (groups, filters, k), gram (groups, k, k), alpha (groups, filters, 1), levels (count,).
+    target and b (groups, filters, k), gram (groups, k, k), alpha (groups, filters, 1), levels (count,). Places at which no filter has anything to
+    gain when the sweep begins wait for the next one.
     """
-    b = b.clone()
-    for j in range(b.shape[2]):
-        now, own = b[:, :, j : j + 1], gram[:, j : j + 1, j : j + 1]
-        wanted = target[:, :, j : j + 1] - alpha * (b @ gram[:, :, j : j + 1] - now * own)
-        change = alpha * (levels - now) * (alpha * own * (levels + now) - 2 * wanted)
-        best = change.min(2, keepdim=True)
-        b[:, :, j : j + 1] = torch.where(best.values < 0, levels[best.indices], now)
+    b, diagonal = b.clone(), gram.diagonal(dim1=1, dim2=2)[:, None]
+
+    def best(at: slice) -> tuple[Tensor, Tensor]:
+        """(change of the objective, 0 or less; the level) of each entry by itself."""
+        now, own = b[:, :, at], diagonal[:, :, at]
+        wanted = target[:, :, at] - alpha * (b @ gram[:, :, at] - now * own)
+        size, to, now = alpha[..., None], levels, now[..., None]
+        change, index = (size * (to - now) * (size * own[..., None] * (to + now) - 2 * wanted[..., None])).min(3)
+        return change, torch.where(change < 0, levels[index], now[..., 0])
+
+    for j in (best(slice(None))[0] < 0).any(0).any(0).nonzero().flatten().tolist():
+        b[:, :, j : j + 1] = best(slice(j, j + 1))[1]
     return b
 
 

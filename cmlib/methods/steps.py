@@ -58,7 +58,7 @@ class Fitted(NamedTuple):
 
 
 def transformed(x: Tensor, w: Tensor, t: Tensor, alpha: Tensor, grid: tuple[Tensor, Tensor] | None, weights: Tensor, lam: float,
-                passes: int = 50) -> Fitted:  # fmt: skip
+                passes: int = 20) -> Fitted:  # fmt: skip
     """min |Y - Q(Z)|^2 + lam |Z - alpha X t|^2 from t and alpha on: Z, alpha and every entry of t in turn the best for the others.
 
     Y = Q(X w), of inputs x (samples, groups, k) and weights w (groups, filters, k). Q is a ``grid`` (thresholds, levels), or the identity, of
@@ -78,19 +78,21 @@ def transformed(x: Tensor, w: Tensor, t: Tensor, alpha: Tensor, grid: tuple[Tens
     def v() -> Tensor:
         return (alpha * (t @ x.transpose(1, 2)) - mean) / std
 
-    def note(z: Tensor) -> None:
+    def note(z: Tensor, v: Tensor) -> None:
         q = z if grid is None else levels[torch.bucketize(z, thresholds, right=True)]
-        objective.append(((y - q).square() + lam * (z - v()).square()).sum().item())
+        objective.append(((y - q).square() + lam * (z - v).square()).sum().item())
 
+    now = v()
     for _ in range(passes):
-        z = (y + lam * v()) / (1 + lam) if grid is None else nearest_preimage(y, v(), thresholds, levels, lam)
-        note(z)
+        z = (y + lam * now) / (1 + lam) if grid is None else nearest_preimage(y, now, thresholds, levels, lam)
+        note(z, now)
         target = (z * std + mean) @ x
         alpha = best_scale(target, gram, t, alpha)
-        note(z)
+        note(z, v())
         t = swept(target, gram, t, alpha, weights)
-        note(z)
-        if objective[-1] > (1 - 1e-4) * objective[-3]:
+        now = v()
+        note(z, now)
+        if objective[-1] > (1 - 1e-3) * objective[-3]:
             break
     return Fitted(t, alpha, objective)
 
