@@ -25,6 +25,7 @@ _PLACES = {
     "load_data": "lab.data", "DataError": "lab.data", "Data": "lab.data",
     "load_net": "lab.zoo", "build": "lab.zoo", "NetError": "lab.zoo",
     "explore": "view.explorer", "predict_first": "view.quiz", "browse": "view.browse", "methods_table": "view.browse", "installed": "view.browse",
+    "families": "view.browse",
     "one_shot": "core.schedule", "iterative": "core.schedule", "gradual": "core.schedule",
     "score": "core.method", "quantizer": "core.method", "Keep": "core.knobs", "Bits": "core.knobs", "Span": "core.knobs", "Pick": "core.knobs",
     "Masked": "core.packed", "Codes": "core.codes", "select": "core.select",

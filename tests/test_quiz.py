@@ -1,13 +1,16 @@
 """A guess before the answer, and the catalogue that one can search."""
 
+import html
 import re
 
 import ipywidgets as widgets
 import pytest
 
 from cmlib.methods import catalog
+from cmlib.methods.coincide import COINCIDENCES
 from cmlib.view import browse as module
-from cmlib.view.browse import browse, installed, methods_table
+from cmlib.view.atlas import section
+from cmlib.view.browse import ELSEWHERE, SURVEY, browse, families, group, installed, methods_table, sentence
 from cmlib.view.quiz import predict_first
 
 
@@ -97,6 +100,38 @@ def test_the_filter_narrows():
     assert set(methods_table("02").index) == {k for k, m in catalog().items() if m.chapter == "02"}
     assert len(methods_table(text="no such thing")) == 0
     assert len(methods_table("99")) == 0 and list(methods_table("99").columns) == list(methods_table().columns)
+
+
+def test_the_groups_are_those_of_the_survey():
+    references = [number for numbers in SURVEY.values() for number in numbers]
+    assert len(references) == len(set(references))
+    for m in catalog().values():
+        if re.search(r"001, .*\[", section(m)):  # its number is in one group, and that group is of the section that the docstring names
+            assert group(m).startswith(section(m).partition(", ")[2].partition(" ")[0]), m.key
+        else:
+            assert group(m) == ELSEWHERE
+
+
+def test_what_sets_a_method_apart_is_a_sentence_of_its_docstring():
+    told = {key: sentence(m) for key, m in catalog().items()}
+    for key, text in told.items():
+        words, whole = text.split(), " ".join(catalog()[key].__doc__.split())
+        assert len(text) > 40 and text.endswith(".") and "urvey 00" not in text
+        assert " ".join(words[:3]) in whole and " ".join(words[-2:]).rstrip(".") in whole
+    assert told["magnitude_pruning_han"] == "s = |w|. Train, remove the smallest, retrain what stays from where it stands, repeat."
+    assert len(set(told.values())) == len(told)
+
+
+def test_a_chapters_table_has_every_method_once_and_says_where_two_are_one():
+    for chapter in ("02", "03", "04"):
+        shown = families(chapter)
+        page, text = shown._repr_html_(), repr(shown)
+        for key, m in catalog().items():
+            assert page.count(f"<td style='text-align:left;vertical-align:top'><code>{key}</code>") == (m.chapter == chapter)
+            assert len(re.findall(rf"^  {key} \(", text, re.M)) == (m.chapter == chapter)
+            assert m.chapter != chapter or html.escape(m.no_plan) in page
+    for c in COINCIDENCES:
+        assert c.limit in methods_table().loc[c.key, "the same as"] and c.key in methods_table().loc[c.other, "the same as"]
 
 
 def test_the_browser_follows_search_and_chapter():

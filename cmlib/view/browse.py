@@ -1,11 +1,13 @@
-"""The catalogue as a table that one can search, and what this installation has."""
+"""The catalogue as a table that one can search, or grouped as the survey groups it, and what this installation has."""
 
 from __future__ import annotations
 
 import html
 import platform
+import re
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
@@ -14,21 +16,115 @@ import torch
 from ..core.method import Method
 from ..lab.zoo import SEEDS, SHIPPED, checkpoint
 from ..methods import catalog
+from ..methods.coincide import COINCIDENCES
+from .atlas import section
 
 PACKAGES = ("torch", "torchvision", "numpy", "jupyterlab", "ipywidgets", "anywidget", "safetensors", "nbval", "voila")
 
 
+SURVEY = {  # the survey's groups (Gao et al. 2021, 001), and the references that it names in each
+    "2.1.1 Weights: by second derivatives": range(19, 23),
+    "2.1.1 Weights: by connection": range(23, 27),
+    "2.1.1 Weights: by neuron, noise or penalty": range(27, 35),
+    "2.1.1 Weights: to a budget": (13, 14),
+    "2.1.2 (1) Groups: one pattern for all filters": range(35, 40),
+    "2.1.2 (2) Filters: by their norm": (15, *range(40, 44)),
+    "2.1.2 (2) Filters: by a score of their own": (17, *range(44, 49)),
+    "2.1.2 (2) Filters: by the error of what is rebuilt": range(49, 53),
+    "2.1.2 (2) Filters: other ways": (16, *range(53, 56)),
+    "2.2.1 (1) One bit: weights": range(56, 62),
+    "2.2.1 (2) One bit: weights and inputs": range(62, 67),
+    "2.2.2 Three levels": range(67, 70),
+    "2.2.3 Clusters": range(70, 74),
+    "2.2.4 (1) Mixed bits: fixed by hand": range(74, 84),
+    "2.2.4 (2) Mixed bits: found": (18, *range(84, 87)),
+    "2.2.5 Ways of training": range(87, 96),
+}
+ELSEWHERE = "Not among that survey's references"
+COLUMNS = ("key", "name", "chapter", "group", "kind", "knobs", "asks for", "what sets it apart", "the same as", "paper")
+
+
 def methods_table(chapter: str | None = None, text: str = "") -> pd.DataFrame:
-    """One row a method: its key, name, kind, knobs, what it asks for, paper; those of one chapter, or with ``text`` anywhere in the row."""
-    rows = [_row(m) for m in catalog().values() if chapter in (None, m.chapter)]
-    table = pd.DataFrame(rows, columns=["key", "name", "chapter", "kind", "knobs", "asks for", "paper"])
+    """One row a method: its key, name, the survey's group, kind, knobs, what it asks for, a sentence of its docstring, where it is another, paper.
+
+    Those of one chapter, or with ``text`` anywhere in the row.
+    """
+    table = pd.DataFrame([_row(m) for m in catalog().values() if chapter in (None, m.chapter)], columns=COLUMNS)
     hits = [text.lower() in " ".join(row).lower() for row in table.itertuples(index=False)]
     return table.loc[hits].set_index("key")
 
 
 def _row(m: Method) -> list[str]:
     needs = [a for a in m.asks if a != "training"] + (["acts_in for inputs"] if m.reads_inputs else [])
-    return [m.key, m.title, m.chapter, m.kind, ", ".join(m.knobs), ", ".join(needs), m.paper]
+    return [m.key, m.title, m.chapter, group(m), m.kind, ", ".join(m.knobs), ", ".join(needs), sentence(m), coincides(m.key), m.paper]
+
+
+def group(method: Method) -> str:
+    """The survey's group of a method, by the reference that its docstring names; the bare section of what stands in no group above."""
+    found = re.match(r"001, ([\d.]+).*\[(\d+)\]", section(method))
+    return next((name for name, references in SURVEY.items() if int(found[2]) in references), found[1]) if found else ELSEWHERE
+
+
+def sentence(method: Method, least: int = 80) -> str:
+    """What sets a method apart: its docstring's first sentence, or two where the first has fewer than ``least`` letters; citations left out."""
+    _, _, body = (method.__doc__ or "").partition("\n\n")
+    text = re.sub(r" \([Ss]urvey \d{3}(?:[^()]|\(\d\))*\)", "", " ".join(body.split()))
+    first, *more = re.split(r"(?<=[^.]\.) (?=[A-Za-z`])", text)
+    return " ".join([first, *more[: len(first) < least]])
+
+
+def call_of(key: str, knobs: dict[str, Any]) -> str:
+    """A call as one writes it: ``hwgq(a_bits=32)``."""
+    return f"{key}({', '.join(f'{name}={value!r}' for name, value in knobs.items())})"
+
+
+def coincides(key: str) -> str:
+    """At which knobs a method is another one, and which others become it."""
+    own = [f"{call_of(c.key, c.knobs)} is {call_of(c.other, c.others)}: {c.limit}" for c in COINCIDENCES if c.key == key]
+    come = list(dict.fromkeys(c.key for c in COINCIDENCES if c.other == key))
+    return "; ".join(own + ([f"a limit of {', '.join(come)}"] if come else []))
+
+
+class Families:
+    """A table of methods in the survey's groups, as the page shows it and as plain text."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        order = {name: place for place, name in enumerate(SURVEY)}
+        self.groups = sorted(table.groupby("group", sort=False), key=lambda found: (order.get(found[0], len(order)), found[0]))
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, rows in self.groups:
+            lines.append(f"{name} ({len(rows)})")
+            for r in rows.reset_index().to_dict("records"):
+                same = f" [{r['the same as']}]" if r["the same as"] else ""
+                lines.append(f"  {r['key']} ({r['kind']}): {r['what sets it apart']}{same} {r['paper']}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        heads = ("method", "what sets it apart", "knobs; what it asks for", "source")
+        top = "".join(f"<th scope='col' style='text-align:left'>{head}</th>" for head in heads)
+        body = "".join(
+            f"<tr><th colspan='{len(heads)}' scope='rowgroup' style='text-align:left'>{html.escape(name)}</th></tr>"
+            + "".join(map(_html_row, rows.reset_index().to_dict("records")))
+            for name, rows in self.groups
+        )
+        return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _html_row(r: dict[str, str]) -> str:
+    told = {name: html.escape(text) for name, text in r.items()}
+    said = re.sub(r"``(.*?)``", r"<code>\1</code>", told["what sets it apart"])
+    same = f"<br><em>The same:</em> {told['the same as']}." if r["the same as"] else ""
+    how = f"<br><em>How:</em> {html.escape(catalog()[r['key']].no_plan)}." if catalog()[r["key"]].no_plan else ""
+    asks = f"; <em>{told['asks for']}</em>" if r["asks for"] else ""
+    cells = (f"<code>{r['key']}</code><br>{told['name']} · {r['kind']}", said + same + how, told["knobs"] + asks, told["paper"])
+    return "<tr>" + "".join(f"<td style='text-align:left;vertical-align:top'>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def families(chapter: str) -> Families:
+    """A chapter's methods in the survey's groups: what sets each apart, where it is the same as another, and how it is called if not by its key."""
+    return Families(methods_table(chapter))
 
 
 def browse() -> widgets.Widget:
@@ -40,7 +136,7 @@ def browse() -> widgets.Widget:
     def update(_: object = None) -> None:
         table = methods_table(chapters.value or None, search.value)
         count = f"<p role='status'>{len(table)} of {len(catalog())} methods</p>"
-        shown.value = count + table.reset_index().to_html(border=0, index=False, justify="left")
+        shown.value = count + Families(table)._repr_html_()
 
     for control in (search, chapters):
         control.observe(update, "value")
