@@ -148,7 +148,7 @@ def _sixteen_bit_copy(g, rounded, *, bifurcation: Switch = "on"):
 def scalable_8bit_training(w, *, bits: Wide = 8):
     """Scalable 8-bit training: gradient bifurcation.
 
-    Weights and inputs take 2^bits even levels between their least and greatest, as in ``integer_only_quantization``. The gradient at a layer's
+    Weights and inputs take 2^bits even levels between their least and greatest, as in ``integer_only_quantization``; the gradient at a layer's
     outputs forks: what goes down to the inputs comes of ``g_bits`` (8), stochastically rounded, so that its mean stays; the weights' gradient, off
     which no other hangs, of a copy of 16 (survey 001, 2.2.4 (1) Table 4 [82]). Range batch norm is the network's part:
     ``cmlib.lab.nets.range_normed``. Gradients' levels are even about 0 here, so that nothing is cut off at either end.
