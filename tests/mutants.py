@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from inspect import getsource
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -25,7 +27,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 COPIED = ("cmlib", "tests")  # the rest of the tree is linked
-SECONDS = 300  # a fault may make a loop endless: that is noticed too
+SECONDS = 120  # for a test: a fault may make a loop endless, and that is noticed too
+SERVER = get_context("forkserver")  # has imported once, before the first fault, what takes long and is not mutated
+SERVER.set_forkserver_preload(["torch", "pytest", "numpy", "pandas", "scipy.stats", "sklearn.linear_model", "torch_pruning", "safetensors.torch"])
 
 
 class Mutation(NamedTuple):
@@ -52,7 +56,7 @@ def copy_of(root: Path, to: Path) -> Path:
     """The tree at ``to``: what is mutated or run as files of its own, everything else as links."""
     for item in root.iterdir():
         if item.name in COPIED:
-            shutil.copytree(item, to / item.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(item, to / item.name)
         elif not item.name.startswith("."):
             (to / item.name).symlink_to(item)
     return to
@@ -63,22 +67,59 @@ def caught_by(mutation: Mutation, tree: Path) -> str:
     path = tree / mutation.file
     sound = path.read_text()
     path.write_text(sound.replace(mutation.text, mutation.replaced))
+    receives, sends = SERVER.Pipe(duplex=False)
+    child = SERVER.Process(target=_tested, args=(mutation, tree, sends))
     try:
-        return _failed(tree, "tests/test_laws.py", "-k", f"test_law and {mutation.key}") or _failed(tree, mutation.oracles)
+        child.start()
+        sends.close()
+        return receives.recv()
+    except EOFError:
+        return "the end of the process"
     finally:
+        child.join()
         path.write_text(sound)
 
 
-def _failed(tree: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", *arguments]
-    try:
-        done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"{arguments[0]}: not done after {SECONDS} s"
-    if done.returncode in (0, 5):  # all passed; nothing selected
-        return ""
-    named = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-    return named.group(1).removeprefix("tests/") if named else f"pytest ended with {done.returncode}"
+class First:
+    """A pytest plugin: tests of a method before the others of its oracles' file, each within its time, and the first that fails."""
+
+    def __init__(self, mutation: Mutation) -> None:
+        self.mutation, self.failed = mutation, ""
+
+    def pytest_collection_modifyitems(self, items):
+        laws, key = f"tests/test_laws.py::test_law[{self.mutation.key}-", self.mutation.key
+        about = {i: 0 if i.nodeid.startswith(laws) else 1 if key in i.nodeid or key in getsource(i.function) else 2 for i in items}
+        items[:] = sorted((i for i in items if not about[i] or i.nodeid.startswith(self.mutation.oracles)), key=about.__getitem__)
+
+    def pytest_runtest_setup(self):
+        signal.alarm(SECONDS)
+
+    def pytest_runtest_logreport(self, report):
+        self.failed = self.failed or report.nodeid.removeprefix("tests/") * report.failed
+
+    def pytest_collectreport(self, report):
+        self.pytest_runtest_logreport(report)
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"not done after {SECONDS} s")
+
+
+def _tested(mutation: Mutation, tree: Path, found: Connection) -> None:
+    """In a process of its own: the laws and oracles of the mutated method."""
+    import pytest
+
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silence, stream)
+    os.chdir(tree)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and some take long
+    sys.path[:0] = [str(tree), str(tree / "tests")]
+    sys.dont_write_bytecode = True  # of what stands there for a moment only
+    signal.signal(signal.SIGALRM, _too_long)
+    first = First(mutation)
+    ended = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--assert=plain", "tests/test_laws.py", mutation.oracles], plugins=[first])
+    found.send(first.failed or ("" if ended == pytest.ExitCode.OK else f"pytest ended with {ended}"))
 
 
 def main(arguments: list[str]) -> int:
