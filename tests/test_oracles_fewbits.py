@@ -26,6 +26,18 @@ F64 = torch.float64
 CONV = nn.Conv2d(3, 4, 3, padding=1)
 DENSE = nn.Linear(12, 5)
 
+MUTATIONS = [
+    ("few_multiplications", "cmlib/methods/fewbits.py", "else 0.5) * gap < size - below", "else 0.5) * gap > size - below",
+     "down with the chance of up"),
+    ("few_multiplications", "cmlib/methods/fewbits.py", "taken = rows.abs() > (", "taken = rows > (", "negative weights become 0"),
+    ("wrpn", "cmlib/methods/fewbits.py", "reach_of(w, lr_scale_by_init), 2 ** (bits - 1) - 1", "reach_of(w, lr_scale_by_init), 2**bits - 1",
+     "the sign's bit is counted as a level's"),
+    ("wage", "cmlib/methods/fewbits.py", "math.sqrt(fan_in / 6)", "math.sqrt(6 / fan_in)", "the shift falls with the fan in"),
+    ("syq", "cmlib/methods/fewbits.py", '"row": (2, 0, 1, 3)', '"row": (3, 0, 1, 2)', "a scale for each column of the kernel, not for each row"),
+    ("value_aware_quantization", "cmlib/methods/fewbits.py", "highest(x.abs().flatten(),", "highest(x.flatten(),",
+     "the largest, not those of largest magnitude"),
+]  # fmt: skip
+
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)

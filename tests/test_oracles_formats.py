@@ -20,6 +20,16 @@ from cmlib.methods import formats as methods
 
 F64 = torch.float64
 
+MUTATIONS = [
+    ("flexpoint", "cmlib/methods/formats.py", "greatest = 2 ** (mantissa_bits - 1) - 1", "greatest = 2**mantissa_bits - 1", "the sign has no bit"),
+    ("flexpoint", "cmlib/methods/formats.py", "(history.max() + 3 * history.std(correction=0))", "(history.max() + history.std(correction=0))",
+     "one deviation, not three"),
+    ("fp8_training", "cmlib/methods/formats.py", "round_float(g * loss_scale, 5, mantissa_bits) / loss_scale", "round_float(g, 5, mantissa_bits)",
+     "small gradients are not scaled up first"),
+    ("dettmers_8bit", "cmlib/core/codes.py", "(torch.arange(1 << n, dtype=params.dtype) + 0.5) / (1 << n)",
+     "torch.arange(1 << n, dtype=params.dtype) / (1 << n)", "levels at the start of their interval, not in its middle"),
+]  # fmt: skip
+
 
 def normal(*shape, seed=0, dtype=F64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
