@@ -82,7 +82,7 @@ def sparsest_run(seed: int) -> dict[str, Any]:
 
 
 def _sparsest_recipe(seed: int) -> dict[str, Any]:
-    return {"kind": "sparsest", **SPARSEST, "seed": seed, **_before(SPARSEST["network"], "mnist", seed)}
+    return {"kind": "sparsest", **SPARSEST, "seed": seed, **before(SPARSEST["network"], "mnist", seed)}
 
 
 def _sparsest(seed: int) -> dict[str, Any]:
@@ -104,10 +104,10 @@ def run(name: str, seed: int) -> dict[str, Any]:
 def given(name: str, seed: int) -> dict[str, Any]:
     """What a run's result depends on."""
     here = {"kind": "structures", "method": name, "net": NET, "data": DATA, "seed": seed, "share": SHARE, "epochs": EPOCHS, "all_epochs": ALL}
-    return {**here, **_before(NET, DATA, seed)}
+    return {**here, **before(NET, DATA, seed)}
 
 
-def _before(net: str, data: str, seed: int) -> dict[str, Any]:
+def before(net: str, data: str, seed: int) -> dict[str, Any]:
     """The network that a run starts from, and the settings of its training."""
     return {"checkpoint": card(net, data, seed)["sha256"][:12], "training": {k: v for k, v in RECIPES[net].items() if k != "epochs"}}
 

@@ -1,0 +1,97 @@
+"""Chapter 03: the residual net twice as fast, its widths chosen by the clock, beside its controls; runs are kept."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.apply import weighted
+from ..core.bake import bake
+from ..core.inputs import as_input
+from ..lab import runs
+from ..lab.cost import multiply_adds
+from ..lab.data import load_data
+from ..lab.measure import latency
+from ..lab.ratios import compress_each
+from ..lab.train import evaluate, fit
+from ..lab.zoo import RECIPES, SEEDS, load_net, recipe
+from .structures import DATA, NET, PARTS, before, trained, untrained
+from .tables import heading, line
+
+METHOD = "taylor_pruning"
+EPOCHS = 12  # of training after pruning, for the dense network too; the small net from scratch has as many as the others had in all
+WIDTHS = {"conv": 8, "block1.conv1": 16, "block1.conv2": 16, "block2.conv1": 48, "block2.conv2": 64, "block3.conv1": 48}
+PRUNED, SCRATCH, DENSE = METHOD, "the same small net from scratch", "the dense net"
+
+
+def twice() -> Iterator[str]:
+    """Accuracy at twice the speed, three seeds; then what the clock says of other widths."""
+    found = {name: [run(name, seed) for seed in SEEDS] for name in (PRUNED, SCRATCH, DENSE)}
+    made = runs.of([given(name, seed) for name in found for seed in SEEDS])
+    yield from heading(
+        f"Residual net on Fashion-MNIST, widths chosen by the clock, {EPOCHS} more epochs (in all {_epochs(SCRATCH)} for every network), "
+        "three seeds, mean ± standard deviation",
+        "network", "multiply-adds left", "parameters left", "validation", "to dense, points", "test", "to dense, points",
+        "faster, batch 64", "faster, batch 1",
+    )  # fmt: skip
+    dense = {part: statistics.mean(r[part] for r in found[DENSE]) for part in PARTS}
+    for name, results in found.items():
+        cells = [f"{statistics.mean(r[k] for r in results):.1%}" for k in ("multiply_adds", "parameters")]
+        for part in PARTS:
+            scores = [100 * r[part] for r in results]
+            cells += [f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %", f"{statistics.mean(scores) - 100 * dense[part]:+.2f}"]
+        yield line(name, *cells, *(faster(small(name, 0), batch) for batch in (64, 1)))
+    yield f"\n{trained(made)} Times are measured below."
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """One network made, trained and judged; read if it was done before."""
+    return runs.stored(given(name, seed), partial(_run, name, seed))
+
+
+def given(name: str, seed: int) -> dict[str, Any]:
+    """What a run's result depends on."""
+    widths = {} if name == DENSE else {"widths": WIDTHS, "method": METHOD}
+    return {"kind": "twice", "network": name, "net": NET, "data": DATA, "seed": seed, "epochs": _epochs(name), **widths, **before(NET, DATA, seed)}
+
+
+def _epochs(name: str) -> int:
+    return EPOCHS + RECIPES[NET]["epochs"] * (name == SCRATCH)
+
+
+def _run(name: str, seed: int) -> dict[str, Any]:
+    data, model = load_data(DATA), small(name, seed)
+    untrained_yet = evaluate(model, data)
+    fit(model, data, **{**recipe(NET, DATA), "epochs": _epochs(name)}, seed=seed)
+    return {"before": untrained_yet, **{part: evaluate(model, data, part=part) for part in PARTS}, **_left(model, seed)}
+
+
+def _left(model: nn.Module, seed: int) -> dict[str, float]:
+    dense = load_net(NET, DATA, seed)
+    one = as_input(load_data(DATA).validation[0][:1], dense)
+    counts = [(multiply_adds(m, one), sum(p.numel() for p in m.parameters())) for m in (model, dense)]
+    return dict(zip(("multiply_adds", "parameters"), (a / b for a, b in zip(*counts, strict=True)), strict=True))
+
+
+def small(name: str, seed: int) -> nn.Module:
+    """The network that ``name`` makes of the trained one, before it is trained further."""
+    dense, data = load_net(NET, DATA, seed), load_data(DATA)
+    if name == DENSE:
+        return dense
+    layers = weighted(dense)
+    keeps = {n: w / len(layers[n].weight) for n, w in WIDTHS.items() if w < len(layers[n].weight)}
+    pruned = bake(compress_each(dense, METHOD, keeps, data=data), data)
+    return untrained(pruned, seed) if name == SCRATCH else pruned
+
+
+def faster(model: nn.Module, batch: int) -> str:
+    """How many times faster than the dense network, median, least and most of three measurements in turns with it, two threads."""
+    dense = load_net(NET, DATA)
+    x = as_input(load_data(DATA).validation[0][:batch], dense).contiguous(memory_format=torch.channels_last)
+    ratios = [float(latency({"dense": dense, "small": model}, x, rounds=60).loc["small", "ratio"]) for _ in range(3)]
+    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})"
