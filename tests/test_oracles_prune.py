@@ -28,6 +28,31 @@ from cmlib.methods import prune as methods
 F64 = torch.float64
 SGD = partial(torch.optim.SGD, momentum=0.0)
 
+MUTATIONS = [
+    ("random_pruning", "cmlib/methods/prune.py", "manual_seed(seed)).to(w)", "manual_seed(seed)).to(w) * w.abs()",
+     "large weights are likelier to stay"),
+    ("magnitude_pruning_han", "cmlib/methods/prune.py", "return w.abs()\n", "return w\n", "negative weights count as small"),
+    ("optimal_brain_damage", "cmlib/methods/prune.py", "0.5 * hess_diag * w**2", "0.5 * hess_diag * w.abs()", "the square is missing"),
+    ("optimal_brain_surgeon", "cmlib/methods/prune.py", "cost = (w**2 / (2 * inverse.diagonal()))", "cost = (w**2 * inverse.diagonal() / 2)",
+     "times the inverse's diagonal, which divides"),
+    ("optimal_brain_surgeon", "cmlib/methods/prune.py", "w -= column * (w[q] / pivot)", "w += column * (w[q] / pivot)",
+     "the others move the wrong way"),
+    ("layerwise_obs", "cmlib/methods/prune.py", "rows**2 / (2 * inverse.diagonal(dim1=1, dim2=2)[:, None])",
+     "rows**2 * h.diagonal(dim1=1, dim2=2)[:, None] / 2", "the Hessian's diagonal and not the inverse's: what OBD takes"),
+    ("layerwise_obs", "cmlib/methods/prune.py", "keep * (w + torch.zeros_like(w)", "keep * (w - torch.zeros_like(w)",
+     "what stays moves the wrong way"),
+    ("snip", "cmlib/methods/prune.py", "s = (w * grad).abs()", "s = grad.abs()", "the derivative for the weight and not for its gate"),
+    ("l1_weight_regularization", "cmlib/methods/prune.py", "soft_threshold(w, lr * lam)", "soft_threshold(w, lam)", "the threshold forgets the rate"),
+    ("dynamic_network_surgery", "cmlib/methods/prune.py", "(w.abs() >= high) | (mask & (w.abs() >= low))",
+     "(w.abs() >= low) | (mask & (w.abs() >= high))", "the two thresholds change places"),
+    ("sparse_variational_dropout", "cmlib/methods/prune.py", "-1.87320 - 1.48695 * log_alpha", "-1.87320 + 1.48695 * log_alpha",
+     "the sign of the slope in the KL"),
+    ("sparse_variational_dropout", "cmlib/methods/prune.py", "log_sigma2 - (w**2 + 1e-16).log()", "log_sigma2 - (w.abs() + 1e-16).log()",
+     "the square is missing in alpha"),
+    ("l0_hard_concrete", "cmlib/methods/prune.py", "torch.sigmoid(log_alpha - beta * math.log(-gamma / zeta))",
+     "torch.sigmoid(log_alpha + beta * math.log(-gamma / zeta))", "the wrong sign in the chance that a gate is open"),
+]  # fmt: skip
+
 
 def linreg(n=60, d=6, *, seed=0, noise=0.1, true=None, mix=0.0):
     """X (n, d) with columns correlated by ``mix``, y (n, 1) = X true + noise."""
