@@ -5,6 +5,7 @@ A hidden check is trusted text that handles results of any size and shape: it ha
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import functools
 import hashlib
@@ -22,12 +23,14 @@ from . import submission as submissions
 from .box import Box, Limits
 from .source import Exercise, Question
 from .submission import Notebook, Submission
-from .trial import AnswerError, GraderError, Local, Part, StudentError, TimedOut, judging, trial
+from .trial import AnswerError, GraderError, Local, Missing, NotPlain, Part, StudentError, TimedOut, judging, one_line, trial
 from .wire import ARRAYS, WireError, pack
 
 STARTS = 3  # of a box, for one question
 NOTES = 10  # on cells
 ASKS = 100_000  # calls of a check's function during one call of an answer
+TYPES = {"function", "generator", *(name for name, value in vars(builtins).items() if isinstance(value, type))}
+NO_VALUE = "what came back is no plain value, or too much of it"
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,6 @@ def _few(notes: list[str]) -> list[str]:
     return [*notes[:NOTES], f"and {len(notes) - NOTES} more cells"] if len(notes) > NOTES else notes
 
 
-def _line(text: Any) -> str:
-    """What a submission says, as one line without characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in str(text)[:500])
-
-
 def _bare(text: str) -> str:
     return "".join(text.replace("YOUR ANSWER HERE", "").split())
 
@@ -140,6 +138,7 @@ class Boxed:
 
     def __init__(self, cells: Sequence[str], limits: Limits, boxed: bool = True):
         self.cells, self.limits, self.boxed = cells, limits, boxed
+        self.lines = {f"line {n}: {line.strip()[:100]}" for text in cells for n, line in enumerate(text.splitlines(), 1)}
         self.box: Box | None = None
         self.notes: dict[int, str] = {}  # by cell
         self.ended: set[int] = set()
@@ -185,7 +184,7 @@ class Boxed:
             try:
                 self._ask(self.limits.cell, "run", text, f"<cell {i + 1}>")
             except AnswerError as error:
-                self.notes[i] = f"code cell {i + 1}: {error}"
+                self.notes[i] = f"code cell {i + 1}: {error.got or error}"  # no hidden input has come in yet
             if not self.box.alive:
                 self.ended.add(i)
                 return
@@ -201,17 +200,17 @@ class Boxed:
             raise GraderError(f"an argument of a hidden check: {error}") from error
         try:
             self.box.pipe.send(message, until)
-            return self._reply(functions, until)
+            return self._reply(functions, until, str(rest[0]) if rest else "")
         except TimeoutError:
             reason: AnswerError = TimedOut(seconds)
         except EOFError:
             reason = AnswerError(self.box.why or "the code ended its own process")
         except (WireError, TypeError, ValueError, LookupError):
-            reason = AnswerError("what came back is no plain value, or too much of it")
+            reason = AnswerError(NO_VALUE)
         self.box.kill()
         raise reason
 
-    def _reply(self, functions: list[Callable], until: float) -> Any:
+    def _reply(self, functions: list[Callable], until: float, name: str) -> Any:
         most = self.box.pipe.taken + 4 * ARRAYS
         for _ in range(ASKS):
             number, kind, *body = self.box.pipe.receive(until)
@@ -225,8 +224,22 @@ class Boxed:
                 (value,) = body
                 return value
             else:
-                raise StudentError(*map(_line, body)) if kind == "raised" else AnswerError(*map(_line, body))
+                raise self._failure(kind, name, *map(one_line, body))
         raise WireError("too many")
+
+    def _failure(self, kind: str, name: str, *words: str) -> AnswerError:
+        """What a learner reads of a failure in the box. Code there knows the hidden inputs, so no text that it can make up gets through: only names
+        of Python's own types, lines of this notebook, and the kit's sentences. The lecturer finds the rest in the stored grade (``got``)."""
+        if kind == "raised":
+            type, _, line = words
+            whole = str(StudentError(*words))
+            told: AnswerError = StudentError(type if type in TYPES else "an exception of its own", "", line if line in self.lines else "")
+        else:
+            (whole,) = words
+            known = Missing(name), Missing(name, "is not a function"), NotPlain("an array of objects"), *(NotPlain(f"a {t}") for t in TYPES)
+            told = AnswerError(whole if whole in map(str, known) else NO_VALUE)
+        told.got = whole
+        return told
 
 
 def _outside(functions: list[Callable], place: int, args: list, kwargs: dict) -> bytes:

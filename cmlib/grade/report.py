@@ -17,6 +17,7 @@ from statistics import mean, median
 
 from .judge import Grade, Mark
 from .submission import Submission
+from .trial import one_line
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,7 @@ def _question(marks: Sequence[Mark]) -> str:
 def _hands(noted: Sequence[Row], waiting: Sequence[Row]) -> list[str]:
     lines = [f"\n{len(waiting)} submissions have free text to be graded by a person; until then it counts as nothing."] if waiting else []
     lines += [f"\n{len(noted)} need a look:"] if noted else []
-    return lines + [f"  {r.exercise} {r.student.id}: {_tame('; '.join(r.notes))}" for r in noted]
-
-
-def _tame(text: str) -> str:
-    """One line for the terminal: a note may quote a submission, which could move the cursor or forge lines."""
-    return "".join(c if c.isprintable() else " " for c in text[:400])
+    return lines + [f"  {r.exercise} {r.student.id}: {one_line('; '.join(r.notes))}" for r in noted]
 
 
 STYLE = """

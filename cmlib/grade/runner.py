@@ -126,7 +126,7 @@ def _compiled(text: str, filename: str) -> types.CodeType:
     except SyntaxError:
         first, _, rest = text.lstrip().partition("\n")
         if first.startswith("%%"):
-            text = rest if first.split()[0] in _PYTHON_MAGICS else ""
+            text = "\n" + rest if first.split()[0] in _PYTHON_MAGICS else ""  # line numbers stay
         return compile(_MAGIC.sub("pass", text), filename, "exec")
 
 

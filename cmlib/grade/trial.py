@@ -28,7 +28,9 @@ class GraderError(Exception):
 
 
 class AnswerError(Exception):
-    """An answer that cannot be judged, or is wrong; its text is what the learner reads."""
+    """An answer that cannot be judged, or is wrong; its text is what the learner reads, ``got`` and ``want`` what the lecturer sees beside."""
+
+    got = want = ""
 
 
 class Missing(AnswerError):
@@ -191,8 +193,7 @@ class Trial:
         except GraderError:
             raise
         except AnswerError as error:
-            part.reason, part.want = str(error), getattr(error, "want", "")
-            part.got = getattr(error, "got", self._got)
+            part.reason, part.got, part.want = str(error), error.got or self._got, error.want
         except AssertionError as error:
             part.reason, part.got = str(error).partition("\n")[0] or "this does not hold", self._got
         except Exception as error:  # a value of another shape or type than the check reckons with
@@ -336,6 +337,11 @@ def show(value: Any) -> str:
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
     return _SHORT.repr(value)
+
+
+def one_line(text: Any) -> str:
+    """What a submission says, cut, as one line without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:500])
 
 
 def _line(error: BaseException) -> str:

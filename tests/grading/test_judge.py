@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -84,9 +85,31 @@ def test_reasons_and_notes_name_the_fault(tmp_path, small):
     cells = ["x = [1,", "import os\nos.abort()", "def double(x):\n    raise ValueError('only flat')"]
     grade = judge(submit(tmp_path, *cells), small, limits=QUICK)
     reasons = [p.reason for m in grade.marks for p in m.parts]
-    assert reasons[0] == "raised ValueError: only flat (line 2: raise ValueError('only flat'))"
+    assert reasons[0] == "raised ValueError (line 2: raise ValueError('only flat'))"
+    assert grade.marks[0].parts[0].got == "raised ValueError: only flat (line 2: raise ValueError('only flat'))"
     assert reasons[2] == "`total` is not defined"
     assert grade.notes[0].startswith("code cell 1: raised SyntaxError") and grade.notes[1] == "code cell 2: the code ended its own process"
+
+
+TELLING = {  # ways to say what came in
+    "message": "raise ValueError(str(x))",
+    "type of the exception": "raise type(str(x), (ValueError,), {})",
+    "text of the line": "import linecache\n    linecache.getline = lambda *_: str(x)\n    raise ValueError",
+    "type of the result": "return type(str(x), (), {})()",
+    "reply": "import gc\n    from cmlib.grade.wire import Pipe, pack\n"
+    "    pipe = next(o for o in gc.get_objects() if isinstance(o, Pipe))\n    [pipe.send(pack([n, 'error', str(x)])) for n in range(30)]",
+}
+
+
+@needs_a_box
+def test_no_hidden_input_comes_back_in_a_reason(tmp_path):
+    hidden = 'x = t.draw(10**11, 10**12)\nt.figure("x", x)\nwith t.part("kept"):\n    t.close(t.call("tell", x), 0)'
+    source = exercise(tmp_path, {f"1.{i}": hidden.replace("tell", f"tell{i}") for i in range(len(TELLING))})
+    grade = judge(submit(tmp_path, *(f"def tell{i}(x):\n    {text}" for i, text in enumerate(TELLING.values()))), source, limits=QUICK)
+    for mark in grade.marks:
+        (part,) = mark.parts
+        assert str(int(mark.figures["x"])) in part.got and not re.search("[0-9]{6}", part.reason), part
+        assert part.reason
 
 
 @needs_a_box
