@@ -15,7 +15,7 @@ from ..lab.files import length
 from ..lab.train import evaluate, fit, prune_and_train
 from ..lab.verbs import coded, compress
 from ..lab.zoo import SEEDS, load_net, recipe
-from .structures import PARTS, _before, trained
+from .structures import PARTS, before, trained
 from .tables import heading, line
 
 DATA = "mnist"
@@ -49,7 +49,7 @@ def run(net: str, seed: int) -> dict[str, Any]:
 
 
 def given(net: str, seed: int) -> dict[str, Any]:
-    return {"kind": "deep", "network": net, "seed": seed, **RECIPE[net], **_before(net, DATA, seed)}
+    return {"kind": "deep", "network": net, "seed": seed, **RECIPE[net], **before(net, DATA, seed)}
 
 
 def _run(net: str, seed: int) -> dict[str, Any]:

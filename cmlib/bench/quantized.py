@@ -26,7 +26,7 @@ from ..lab.stages import in_stages
 from ..lab.train import evaluate, fit
 from ..lab.verbs import compress
 from ..lab.zoo import RECIPES, SEEDS, build, load_net, recipe
-from .structures import PARTS, _before, trained
+from .structures import PARTS, before, trained
 from .tables import heading, line, percent
 
 INNER = "*, !first, !last"
@@ -101,7 +101,7 @@ def given(net: str, label: str, seed: int) -> dict[str, Any]:
     if net == "resnet" and settings.get("net") == "signed":
         settings = {**settings, **SHORTCUTS}
     here = {"kind": "quantized", "network": net, "data": data, "label": label, "seed": seed, "epochs": 1, "lr": 1e-3}
-    return {**here, **settings, **({} if settings.get("net") in ("bireal", "scratch") else _before(net, data, seed))}
+    return {**here, **settings, **({} if settings.get("net") in ("bireal", "scratch") else before(net, data, seed))}
 
 
 def whole_bytes(how: dict[str, Any], held: int) -> int:
@@ -128,7 +128,7 @@ def by_bits() -> Iterator[str]:
 
 def along(method: str, knobs: dict[str, Any], seed: int) -> dict[str, Any]:
     here = {"kind": "by_bits", "network": "lenet5", "data": "mnist", "method": method, "knobs": knobs, "seed": seed, "epochs": 1, "lr": 2e-4}
-    return {**here, **_before("lenet5", "mnist", seed)}
+    return {**here, **before("lenet5", "mnist", seed)}
 
 
 def start(how: dict[str, Any]) -> nn.Module:
