@@ -3,8 +3,8 @@
 A method's size is set by a knob of its own, on the first seed's network, so that the weights take at most ``SHARE`` of the dense ones' bytes and come
 as near as the knob comes; what has no such knob is placed where it is. Then two rounds of training. Who learns its masks learns in the first and
 trains what is left in the second; who rounds a portion of the weights rounds half of them before the first and the rest between the two; for all
-others the rounds do not differ. Of two learning rates a method has the one that is better on the validation part with the first seed. Methods that
-can leave the layers' inputs alone are told to.
+others the rounds do not differ. Of two learning rates a method has the one that is better on the validation part with the first seed; where the size
+itself is learned, and so depends on it, the higher. Methods that can leave the layers' inputs alone are told to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import nn
 from ..core.apply import plan_of, weighted
 from ..core.bake import bake
 from ..core.inputs import sample
-from ..core.knobs import Pick, Span
 from ..core.method import Method
 from ..core.packed import Masked
 from ..lab import runs
@@ -37,11 +36,12 @@ from .tables import heading, line, percent
 
 SHARE = 1 / 15  # two bits a weight, and room for scales, codebooks and columns
 IMAGES, ROUNDS = 3_000, 2
+SMALL = ("cnn", "digits")  # has batch norms, and few weights
 TRAINING = {"batch": 32, "weight_decay": 0.0}
 RATES = (3e-4, 3e-3)
-GROWS = ("keep", "budget", "bits", "k", "word_bits", "low_bits", "mantissa_bits", "m_bases", "M_weight_bases")  # more of it, more bytes
-SHRINKS = ("c", "lam", "lambda_g", "gamma", "threshold", "loss_budget")  # more of it, fewer bytes
-STEPS = 257  # places on a knob that is no whole number
+GROWS = ("keep", "budget", "bits", "k", "word_bits", "low_bits", "max_bits", "mantissa_bits", "m_bases", "M_weight_bases")  # more of it, more bytes
+SHRINKS = ("c", "lam", "lambda_g", "gamma", "threshold")  # more of it, fewer bytes
+STEPS, LEARNED_STEPS = 257, 65  # places on a knob that is no whole number; where each costs a round of training
 STAGED = ("portion", "depth")  # what is turned up between the rounds
 WEIGHTS_ALONE = {"a_bits": 32, "g_bits": 32, "mode": "bwn", "use": "weights"}  # wherever a method allows it
 SHORT: dict[str, dict[str, Any]] = {  # where a default is made for longer training
@@ -80,35 +80,47 @@ def methods() -> list[str]:
 
 
 def table() -> pd.DataFrame:
-    """The stored runs, a line a method and seed, the best on the test part first.
+    """The stored runs, a line a method and seed, the best on the test part first; nothing is trained.
 
     key, chapter, seed, knob ("keep = 0.052"), rate, before, validation, test (accuracies in [0, 1]; ``before`` any training, on validation), bytes,
     bits (a weight), remark, machine, date.
     """
-    lines = []
-    for key in (DENSE, *methods()):
-        if not refused(key):
-            found = runs.of([given(key, seed, better(key)) for seed in SEEDS])
-            lines.append(found.assign(key=key, chapter="" if key == DENSE else find(key).chapter, knob=setting(key), remark=remark(key, found)))
-    made = pd.concat(lines, ignore_index=True)
-    made = made.assign(bits=32 * made.bytes / dense_bytes(), mean=made.groupby("key").test.transform("mean"))
-    return made.sort_values(["mean", "key", "seed"], ascending=[False, True, True]).drop(columns="mean")
+    made = runs.table("atlas").rename(columns={"method": "key"}).sort_values(["key", "seed", "rate"], ignore_index=True)
+    first = made[made.seed == SEEDS[0]]
+    made = made[made.rate == made.key.map(first.loc[first.groupby("key").validation.idxmax()].set_index("key").rate)]
+    lines = made.groupby("key")
+    chapters = {m.key: m.chapter for m in catalog().values()}
+    made = made.assign(
+        chapter=made.key.map(chapters).fillna(""), knob=[setting(*pair) for pair in zip(made.key, made.knobs)],
+        bits=32 * made.bytes / dense_bytes(), remark=made.key.map({key: remark(key, found) for key, found in lines}),
+        mean=lines.test.transform("mean"),
+    )  # fmt: skip
+    return made.sort_values(["mean", "key", "seed"], ascending=[False, True, True], ignore_index=True).drop(columns="mean")
 
 
 def refusals() -> dict[str, str]:
-    """{method: what it says itself} of those that LeNet-5 has nothing for, and {method: what to do instead} of those without a plan."""
-    said = {key: refused(key) for key in methods()}
-    return {k: why for k, why in said.items() if why} | {m.key: m.no_plan for m in catalog().values() if m.no_plan}
+    """{method: why it is not in the table}: in its own words, or what to do instead where it has no plan; nothing is tried."""
+    sizes = runs.table("atlas_size")
+    said = dict(zip(sizes.method, sizes.refused)) | {m.key: m.no_plan for m in catalog().values() if m.no_plan}
+    missing = dict.fromkeys(set(methods()) - set(sizes.method), "has no run yet; 'python -m cmlib bench --only atlas' makes it")
+    return {key: why for key, why in (said | missing).items() if why}
+
+
+def panels() -> dict[str, tuple[str, str]]:
+    """{method: (network, data)} for its panel: where LeNet-5 has nothing for it, the small net of the digits has."""
+    others = refusals()
+    return {key: SMALL if key in others else (NET, DATA) for key in methods()}
 
 
 def refused(key: str) -> str:
+    """Why a method cannot be applied to LeNet-5, tried if it was not before; empty where it can."""
     return "" if key == DENSE else size(key)["refused"]
 
 
-def setting(key: str) -> str:
+def setting(key: str, given: dict[str, Any]) -> str:
     """The size knob and its value, in words."""
-    found = {"knob": ""} if key == DENSE else size(key, better(key))
-    return f"{found['knob']} = {found['value']:.3g}" if found["knob"] else "no knob"
+    name = "" if key == DENSE else size_knob(find(key))
+    return f"{name} = {given[name]:.3g}" if name else "no knob"
 
 
 def remark(key: str, found: pd.DataFrame) -> str:
@@ -127,7 +139,12 @@ def remark(key: str, found: pd.DataFrame) -> str:
 
 def better(key: str) -> float:
     """The learning rate that is better on the validation part with the first seed."""
-    return max(RATES, key=lambda rate: run(key, SEEDS[0], rate)["validation"])
+    return max(rates(key), key=lambda rate: run(key, SEEDS[0], rate)["validation"])
+
+
+def rates(key: str) -> tuple[float, ...]:
+    """The learning rates to choose from."""
+    return RATES[-1:] if key != DENSE and learns_size(find(key)) else RATES
 
 
 def run(key: str, seed: int, rate: float) -> dict[str, Any]:
@@ -138,7 +155,7 @@ def run(key: str, seed: int, rate: float) -> dict[str, Any]:
 
 def given(key: str, seed: int, rate: float) -> dict[str, Any]:
     """What a run's result depends on."""
-    return {"kind": "atlas", **_before(key, seed), "rate": rate, "knobs": {} if key == DENSE else knobs(key, seed, size(key, rate))}
+    return {"kind": "atlas", **_before(key, seed), "rate": rate, "knobs": {} if key == DENSE else knobs(key, seed, size(key))}
 
 
 def _before(key: str, seed: int) -> dict[str, Any]:
@@ -154,12 +171,9 @@ def knobs(key: str, seed: int, found: dict[str, Any]) -> dict[str, Any]:
     return {**told, **SHORT.get(key, {}), **({found["knob"]: found["value"]} if found["knob"] else {})}
 
 
-def size(key: str, rate: float = RATES[0]) -> dict[str, Any]:
-    """Where a method's size knob stands for the bytes asked for: {knob ("" where it has none), value, bytes, refused (why it cannot be applied)}.
-
-    The learning rate matters only where the size is learned.
-    """
-    how = {"kind": "atlas_size", **_before(key, SEEDS[0]), "share": SHARE, "rate": rate if learns_size(find(key)) else None}
+def size(key: str) -> dict[str, Any]:
+    """Where a method's size knob stands for the bytes asked for: {knob ("" where it has none), value, bytes, refused (why it cannot be applied)}."""
+    how = {"kind": "atlas_size", **_before(key, SEEDS[0]), "share": SHARE, "rate": RATES[-1] if learns_size(find(key)) else None}
     return runs.stored(how, partial(_size, how))
 
 
@@ -186,16 +200,17 @@ def _size(how: dict[str, Any]) -> dict[str, Any]:
         return held(learned(model, data, seed=SEEDS[0], **_round(how["rate"])) if learns_size(method) else model)
 
     try:
-        tried = search(made, places(method.knobs[name].span), goal, name in SHRINKS) if name else {None: made(None)}
+        tried = search(made, places(method, name), goal, name in SHRINKS) if name else {None: made(None)}
     except ValueError as error:
         return {"knob": name, "value": None, "bytes": 0, "refused": str(error)}
     value = nearest(tried, goal)
     return {"knob": name, "value": value, "bytes": tried[value], "refused": ""}
 
 
-def places(span: Span | Pick) -> list[Any]:
+def places(method: Method, name: str) -> list[Any]:
     """Where a knob is tried: at every whole number, or evenly along its slider."""
-    return list(range(int(span.lo), int(span.hi) + 1)) if span.integer else span.points(STEPS)
+    span = method.knobs[name].span
+    return list(range(int(span.lo), int(span.hi) + 1)) if span.integer else span.points(LEARNED_STEPS if learns_size(method) else STEPS)
 
 
 def search(made: Callable[[Any], int], values: list[Any], goal: float, shrinks: bool) -> dict[Any, int]:

@@ -25,7 +25,7 @@ from ..methods import catalog
 from .plots import BLUE, COLOURS, DARK, GREY, MARKERS, PALE, VERMILLION, canvas, log_axis
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = 33  # of the tree's longest column
+ROWS = 36  # of the tree's longest column
 Tree = dict[str, dict[str, list[Method]]]
 
 
@@ -119,7 +119,8 @@ def tree(title: str = "") -> Figure:
     starts = [x for x, (_, _, number) in enumerate(columns) if not number]
     ax.plot([starts[0] + 0.02, starts[-1] + 0.02], [-1.1] * 2, color=GREY)
     for x, (chapter, part, number) in enumerate(columns):
-        heading = chapter.removeprefix("Chapter ").replace(",", " ·") + (", continued" if number else "")
+        heading = chapter.removeprefix("Chapter ").replace(",", " ·")
+        heading = f"{heading.split()[0]} · continued" if number else heading
         ax.plot([x + 0.02] * 2, [-1.1 if not number else 0.6, _families(ax, x, part, kinds)], color=GREY, zorder=0)
         ax.text(x + 0.035, 0, heading, fontsize=18, fontweight="bold", color=DARK, va="center")
     for kind, (colour, marker) in kinds.items():
