@@ -547,6 +547,15 @@ def test_the_dense_file_is_that_of_the_dense_network(tmp_path):
     assert panel.dense.file_bytes == save(panel.net, tmp_path / "dense.cml") == os.path.getsize(tmp_path / "dense.cml")
 
 
+@pytest.mark.parametrize(("key", "net", "data"), [("ista_channel_pruning", "resnet", "fashion_mnist"), ("perforated_cnn", "lenet5", "mnist"),
+                                                  ("vibnet", "lenet300", "mnist")])  # fmt: skip
+def test_without_a_network_there_is_one_that_has_what_the_method_asks_for(key, net, data):
+    panel = explore(key)
+    assert (panel.source["net"], panel.source["data"]) == (net, data) and panel.pictures(panel.state).cards
+    with pytest.raises(ValueError, match=r"catalog\(\)\['eyeriss_energy_model'\]"):
+        explore("eyeriss_energy_model")
+
+
 def test_moves_leave_the_network_as_it_was():
     net = load_net("mlp", "digits")
     before = {n: (t, t.clone()) for n, t in net.state_dict(keep_vars=True).items()}

@@ -61,19 +61,26 @@ def _looping() -> bool:
 WORKER = ThreadPoolExecutor(1, "cmlib-measuring", _humbly)  # one measurement at a time; torch releases the interpreter while it multiplies
 
 
-def explore(method: Method | str | Callable, net: nn.Module | str = "lenet300", data: Data | str | Any = "mnist", **settings: Any) -> Explorer:
+STAGES = {"bn_gamma": ("resnet", "fashion_mnist"), "positions": ("lenet5", "mnist")}  # where there is what a method asks for
+
+
+def explore(method: Method | str | Callable, net: nn.Module | str | None = None, data: Data | str | Any = None, **settings: Any) -> Explorer:
     """A panel in which ``method`` (a key of the catalogue, a method, or any function with annotated knobs) acts on a trained network.
 
     A function gives scores, or where it is annotated to return ``Codes``, those. ``net`` and ``data`` are names of the kit's, or a module and a pair
-    (images, labels) or data set of your own. ``where`` names the covered layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a
-    guess before it tells the accuracy there. ``published`` are points {label, bytes, accuracy} beside the path; ``stored`` are runs trained once,
-    {knobs, epochs, bytes, accuracy}, shown as such. Other keywords are starting values of knobs.
+    (images, labels) or data set of your own; without them LeNet-300-100 on MNIST, or another that has what the method asks for. ``where`` names the
+    covered layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells the accuracy there. ``published`` are
+    points {label, bytes, accuracy} beside the path; ``stored`` are runs trained once, {knobs, epochs, bytes, accuracy}, shown as such. Other keywords
+    are starting values of knobs.
     """
-    if isinstance(net, str) and not isinstance(data, (str, Data)):
-        raise ValueError(f"net={net!r} names a network of the kit, whose data must be named too; with data of your own, pass a module")
     if callable(method) and not isinstance(method, Method):
         kind = quantizer if inspect.signature(method).return_annotation in (Codes, Codes.__name__) else score
         method = kind(OWN, chapter="-")(method)
+    stage = next((STAGES[asked] for asked in find(method).asks if asked in STAGES), ("lenet300", "mnist"))
+    data = data if data is not None else stage[1] if net is None else "mnist"
+    net = stage[0] if net is None else net
+    if isinstance(net, str) and not isinstance(data, (str, Data)):
+        raise ValueError(f"net={net!r} names a network of the kit, whose data must be named too; with data of your own, pass a module")
     data = load_data(data) if isinstance(data, str) else data
     if isinstance(net, str):
         net = load_net(net, data.name)
