@@ -26,6 +26,16 @@ from cmlib.methods import catalog
 
 F64 = torch.float64
 
+MUTATIONS = [
+    ("loss_aware_binarization", "cmlib/methods/binary.py", "(d * rows.abs()).sum(1, keepdim=True) / d.sum(1, keepdim=True)",
+     "(d * rows.abs()).mean(1, keepdim=True)", "the weights d are not divided by their sum"),
+    ("network_sketching", "cmlib/methods/binary.py", "size, sign = sign_term(left)", "size, sign = sign_term(rows)",
+     "every sign is that of the weight, none of what is left"),
+    ("bwnh", "cmlib/methods/binary.py", "target, mean, b = rows @ gram, rows", "target, mean, b = rows, rows", "q = w, without what the layer reads"),
+    ("horq", "cmlib/core/sites.py", "left - size * sign * real", "left - sign * real", "the whole sign is taken away, without its scale"),
+    ("abc_net", "cmlib/methods/binary.py", "rows.mean(1, keepdim=True) - u *", "-u *", "thresholds about 0, not about the mean"),
+]  # fmt: skip
+
 
 def codes(key, w, state=None, **knobs):
     return call(
