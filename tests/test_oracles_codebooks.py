@@ -39,6 +39,26 @@ F64 = torch.float64
 SGD = partial(torch.optim.SGD, momentum=0.0)
 SEEDS = range(5)
 
+MUTATIONS = [
+    ("vq_gong", "cmlib/methods/codebooks.py", "left = left - levels[0, index[0]]", "left = left + levels[0, index[0]]",
+     "the second stage takes on what the first has said"),
+    ("hessian_weighted_kmeans", "cmlib/methods/codebooks.py", "clusters.Line(w.cpu(), h.cpu())", "clusters.Line(w.cpu())",
+     "the curvature is not heard"),
+    ("lq_nets", "cmlib/methods/codebooks.py", "gram = (e.T * count[:, None]) @ e", "gram = (e.T @ e).expand(len(x), -1, -1)",
+     "each level counts once, however many weights it has"),
+    ("lq_nets", "cmlib/methods/codebooks.py", "keep * old + (1 - keep) * qem", "(1 - keep) * old + keep * qem",
+     "the shares of the moving average change places"),
+    ("inq", "cmlib/methods/grids.py", "math.frexp(4 * flat.abs().max().item() / 3)", "math.frexp(flat.abs().max().item())",
+     "4 / 3 is missing in the largest exponent"),
+    ("hwgq", "cmlib/methods/grids.py", "/ (x > 0).sum().clamp(min=1)", "/ x.numel()", "the unit is of all inputs, not of the half wave"),
+    ("stochastic_rounding_fixed_point", "cmlib/methods/grids.py", "else 0.5) < scaled - low", "else 0.5) > scaled - low",
+     "down with the chance of up"),
+    ("integer_only_quantization", "cmlib/core/rounding.py", "low, high = low.clamp(max=0), high.clamp(min=0)", "low, high = low, high",
+     "the range is not widened to hold 0"),
+    ("integer_only_quantization", "cmlib/methods/grids.py", "ema_decay * old + (1 - ema_decay) * new", "(1 - ema_decay) * old + ema_decay * new",
+     "the shares of the moving average change places"),
+]  # fmt: skip
+
 
 def drawn(*shape, seed=0, dtype=F64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
