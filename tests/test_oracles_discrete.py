@@ -22,6 +22,16 @@ from cmlib.methods.quantize import best_support
 
 F64 = torch.float64
 
+MUTATIONS = [
+    ("admm_low_bit", "cmlib/methods/discrete.py", "(v * q).sum() / q.square().sum()", "(v * q).sum() / q.abs().sum()",
+     "least squares without the square"),
+    ("lr_net", "cmlib/methods/discrete.py", 'state["scale"] ** 2 * (some - mean.square())', 'state["scale"] ** 2 * some',
+     "E w^2 in place of the variance"),
+    ("relaxed_quantization", "cmlib/methods/discrete.py", "- count / 2 - 0.5)", "- count / 2)", "cells begin at their levels, not half a step below"),
+    ("slq", "cmlib/methods/discrete.py", '"large_loss_first": -loss, "small_loss_first": loss', '"large_loss_first": loss, "small_loss_first": -loss',
+     "the two orders change places"),
+]  # fmt: skip
+
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
