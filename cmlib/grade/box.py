@@ -32,6 +32,7 @@ from .wire import Pipe, WireError
 
 MB = 1 << 20
 INODE = 1024  # bytes that an empty file costs
+PARTS = ("bin", "lib", "lib64", "pyvenv.cfg")  # of an interpreter's folder
 
 
 @dataclass(frozen=True)
@@ -67,28 +68,27 @@ def _refusal() -> str:
 def command(disk: int) -> list[str]:
     """Bubblewrap's flags; what is not named here does not exist in the box. ``disk``: bytes of the one folder that can be written."""
     kit = {ROOT / "cmlib": "/kit/cmlib", Path(os.environ.get("CMLIB_DATASETS", ROOT / "datasets")): "/kit/datasets"}
-    own = {Path(p): p for p in ("/usr", "/etc/alternatives", "/etc/ld.so.cache", sys.base_prefix, sys.prefix)}
+    system = [Path(p) for p in ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache")]
+    python = [Path(prefix, part) for prefix in (sys.base_prefix, sys.prefix) for part in PARTS]  # and nothing beside them: a course, say
+    own = {path: path for path in (*system, *(p for p in python if not p.is_relative_to("/usr")))}
     return [
         *("bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
         *([] if os.getuid() == 0 else ["--unshare-user"]),
         *("--die-with-parent", "--new-session"),
         *("--perms", "1777", "--size", str(disk), "--tmpfs", "/tmp"),
-        *(word for name in ("/bin", "/lib", "/lib64") for word in _system(Path(name))),
-        *(word for source, place in (own | kit).items() if source.exists() for word in _read_only(source, Path(place))),
+        *(word for source, place in (own | kit).items() for word in _read_only(source, Path(place))),
         *("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
         *("--chdir", "/tmp", "--remount-ro", "/"),
     ]
 
 
-def _system(path: Path) -> list[str]:
-    """/lib and its like: links into /usr on a merged system, folders elsewhere."""
-    return ["--symlink", os.readlink(path), str(path)] if path.is_symlink() else _read_only(path, path) if path.exists() else []
-
-
 def _read_only(source: Path, place: Path) -> list[str]:
-    """The folders above are made first: those that bubblewrap makes by itself can be entered by root alone."""
+    """A file or folder; a link (/lib on a merged system, a virtual environment's lib64) stays one; nothing where there is nothing.
+
+    The folders above are made first: those that bubblewrap makes by itself can be entered by root alone."""
     above = [word for parent in reversed(place.parents[:-1]) for word in ("--dir", str(parent))]
-    return [*above, "--ro-bind", str(source), str(place)]
+    bound = ["--symlink", os.readlink(source), str(place)] if source.is_symlink() else ["--ro-bind", str(source), str(place)]
+    return [*above, *bound] if source.exists() else []
 
 
 ENVIRONMENT = {  # all of it: nothing is inherited

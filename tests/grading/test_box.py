@@ -48,6 +48,14 @@ def test_files_are_the_interpreter_and_the_kit(inside):
     assert inside(f"import os\ndef answer(): return [p for p in {own} if os.path.exists(p)]") == []
 
 
+@pytest.mark.parametrize("prefix", [ROOT, ROOT / "exercises"])
+def test_a_course_in_the_interpreters_own_folder_stays_outside(monkeypatch, prefix):
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    words = box_module.command(MB)
+    shown = [Path(words[i + 1]) for i, word in enumerate(words) if word == "--ro-bind"]
+    assert ROOT / "cmlib" in shown and [p for p in shown if (ROOT / "exercises/source").is_relative_to(p)] == []
+
+
 def test_nothing_but_the_work_folder_can_be_written(inside):
     text = """
 import os
