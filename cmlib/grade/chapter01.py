@@ -24,7 +24,7 @@ class Machine:
     """
 
     def __init__(self, seconds: np.ndarray):
-        self.seconds, self.now, self.log = seconds, 0.0, []
+        self.seconds, self.now, self.log, self.runs = seconds, 0.0, [], [0] * len(seconds)
         self.calls = [self._call(i) for i in range(len(seconds))]
 
     def clock(self) -> float:
@@ -33,8 +33,8 @@ class Machine:
 
     def _call(self, number: int) -> Callable[[], None]:
         def call() -> None:
-            run = self.log.count(number)
-            self.now += float(self.seconds[number, run % self.seconds.shape[1]])
+            self.now += float(self.seconds[number, self.runs[number] % self.seconds.shape[1]])
+            self.runs[number] += 1
             self.log.append(number)
 
         return call
@@ -46,8 +46,9 @@ class Machine:
 
     def times(self, number: int) -> np.ndarray:
         """The seconds of a call's runs that were timed."""
-        runs = [self.log[:p].count(number) for p in self.timed() if self.log[p] == number]
-        return self.seconds[number, np.array(runs, int) % self.seconds.shape[1]]
+        before = np.cumsum(np.array([entry == number for entry in self.log], bool)) - 1
+        runs = before[[p for p in self.timed() if self.log[p] == number]]
+        return self.seconds[number, runs % self.seconds.shape[1]]
 
 
 def outputs(network: Network, x: np.ndarray) -> np.ndarray:
