@@ -42,7 +42,10 @@ def read_roster(path: Path) -> dict[str, Student]:
         lines = csv.DictReader(file)
         if "id" not in (lines.fieldnames or ()):
             raise ValueError(f"{path}: the first line names no column 'id', only {lines.fieldnames}")
-        return {s.id: s for s in (Student(**{k: (line.get(k) or "").strip() for k in known}) for line in lines) if s.id}
+        students = {s.id: s for s in (Student(**{k: (line.get(k) or "").strip() for k in known}) for line in lines) if s.id}
+    if bad := [name for name in students if "/" in name]:
+        raise ValueError(f"{path}: an id is a file's name, and {bad[0]!r} has a slash")
+    return students
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,13 @@ class Row:
 
 def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    csv.writer(text, lineterminator="\n").writerows([header, *(map(_no_formula, line) for line in lines)])
     return text.getvalue()
+
+
+def _no_formula(cell: object) -> object:
+    """An apostrophe before what a spreadsheet would run: a submission's folder can be called =1+1."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def nbgrader_csv(rows: Sequence[Row]) -> str:

@@ -165,6 +165,20 @@ def test_the_summary_names_whose_grade_needs_a_hand(rows):
     assert "anna:" not in text
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+x", "-2+3", "@x", "\t=x"])
+def test_no_name_is_run_by_a_spreadsheet(name):
+    evil = Row(Student(name, name, name, name), "small", 9, grade(name))
+    for table in (nbgrader_csv, canvas_csv, moodle_csv, leaderboard_csv):
+        cells = [cell for line in read(table([evil])) for cell in line]
+        assert f"'{name}" in cells and not [c for c in cells if c.startswith(tuple("=+-@\t"))]
+
+
+def test_an_id_that_is_no_files_name_is_told_before_the_work(tmp_path):
+    (tmp_path / "students.csv").write_text("id\nanna\n../ben\n")
+    with pytest.raises(ValueError, match="ben' has a slash"):
+        read_roster(tmp_path / "students.csv")
+
+
 def test_all_files_are_written(tmp_path, rows):
     write(tmp_path, rows)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.*")) == [
