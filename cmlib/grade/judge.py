@@ -6,13 +6,14 @@ A hidden check is trusted text that handles results of any size and shape: it ha
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,7 @@ def judge(submission: Submission, exercise: Exercise, *, seed: int | None = None
     notebook = submissions.read(submission)
     with Boxed(notebook.code, limits, boxed) as answers, judging(answers if notebook.code else Local({}), submission.student, seed):
         marks = tuple(_mark(question, notebook, answers) for question in exercise.questions)
-    notes = (*submission.notes, *notebook.notes, *_few([*answers.notes.values()]))
+        notes = (*submission.notes, *notebook.notes, *_few([*answers.notes.values()]), *_whose(answers, submission.student))
     return Grade(submission.student, exercise.name, marks, notes, digest(submission, exercise), round(time.monotonic() - start, 3))
 
 
@@ -120,6 +121,14 @@ def _mark(question: Question, notebook: Notebook, answers: Boxed) -> Mark:
         raise GraderError(f"the hidden checks of question {question.key} failed outside of their parts: {type(error).__name__}: {error}") from error
     figures = {name: value for name, value in t.figures.items() if math.isfinite(value)}
     return Mark(question.key, question.cell, points, question.points, tuple(t.parts), figures)
+
+
+def _whose(answers: Boxed, student: str) -> Iterator[str]:
+    """A note where the notebook takes its numbers from another id; none where its box is gone, or it names nobody."""
+    if answers.box and answers.box.alive:
+        with contextlib.suppress(AnswerError):
+            if (named := str(answers.get("student")).strip()) != student:
+                yield f"`student` is {one_line(named)[:80]!r} in the notebook"
 
 
 def _few(notes: list[str]) -> list[str]:

@@ -113,6 +113,18 @@ def test_no_hidden_input_comes_back_in_a_reason(tmp_path):
 
 
 @needs_a_box
+def test_another_students_id_in_the_notebook_is_a_note(tmp_path, small):
+    said = {
+        "": "",
+        "student = 'ada '": "",
+        "student = ''": "`student` is '' in the notebook",
+        "student = 'b\\x1b'": "`student` is 'b ' in the notebook",
+    }
+    grades = [judge(submit(tmp_path, *RIGHT, cell), small, limits=QUICK) for cell in said]
+    assert [(*g.notes, "")[0] for g in grades] == [*said.values()] and {g.points for g in grades} == {4}
+
+
+@needs_a_box
 def test_many_broken_cells_are_few_lines(tmp_path, small):
     notes = judge(submit(tmp_path, *["1 / 0"] * 40, *RIGHT), small, limits=QUICK).notes
     assert len(notes) == 11 and notes[-1] == "and 30 more cells"
