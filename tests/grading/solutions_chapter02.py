@@ -8,6 +8,7 @@ import torch
 from tried import Solutions
 
 from cmlib.core.storage import encode, nbytes
+from cmlib.grade.variants import variant
 from cmlib.lab.verbs import plan
 
 solutions = Solutions("chapter02", ladders=("2.13",))
@@ -178,6 +179,11 @@ def indices_of_four_bytes(mine):
 @wrong("2.2", "with your numbers: wrong value")
 def of_the_neighbours_numbers(mine):
     return said(mine | {"rows": mine["rows"] + 20})
+
+
+@wrong("2.2", "is `student` yours?")
+def nobodys(mine):
+    return said(variant("", "2.2"))
 
 
 @wrong("2.2", "my_bytes is a dict that says csr")
