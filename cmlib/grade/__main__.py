@@ -9,12 +9,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ..house.process import ROOT
 from . import box, many, source
 from .judge import Grade, digest, judge
 from .report import Row, Student, read_roster, summary, write
 from .submission import Submission, find
 
-SOURCES = Path(__file__).resolve().parents[2] / "exercises" / "source"
+SOURCES = ROOT / "exercises" / "source"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def _options() -> argparse.ArgumentParser:
     add("--roster", type=Path, help="students.csv with the columns id,first_name,last_name,email,lms_user_id; only id has to be there")
     add("--gradebook", metavar="URL", help="nbgrader's gradebook, e.g. sqlite:///gradebook.db: grades are entered, people's points read")
     add("--seconds", type=float, help="the longest that one cell, or one call of an answer, may take")
-    add("--seed", type=int, help="the hidden checks' inputs (default: fresh ones for each submission)")
+    add("--seed", type=int, help="the hidden checks' inputs, from 15 digits or more that nobody can guess (default: fresh ones for each submission)")
     add("--dangerously-without-a-box", action="store_true", help="run the submissions as yourself: whoever wrote one can then do what you can")
     return parser
 

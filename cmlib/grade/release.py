@@ -11,9 +11,10 @@ from nbgrader.apps import NbGraderAPI
 from traitlets.config import Config
 from traitlets.config.loader import PyFileConfigLoader
 
+from ..house.process import ROOT
 from .gradebook import opened
 
-COURSE = Path(__file__).resolve().parents[2] / "exercises"
+COURSE = ROOT / "exercises"
 
 
 def settings(course: Path) -> Config:
