@@ -39,13 +39,15 @@ IMAGES, ROUNDS = 3_000, 2
 SMALL = ("cnn", "digits")  # has batch norms, and few weights
 TRAINING = {"batch": 32, "weight_decay": 0.0}
 RATES = (3e-4, 3e-3)
-GROWS = ("keep", "budget", "bits", "k", "word_bits", "low_bits", "max_bits", "mantissa_bits", "m_bases", "M_weight_bases")  # more of it, more bytes
-SHRINKS = ("c", "lam", "lambda_g", "gamma", "threshold")  # more of it, fewer bytes
+SIZE = {  # knobs that set a size, the first that a method has: whether more of it is more bytes
+    "keep": True, "budget": True, "bits": True, "k": True, "word_bits": True, "low_bits": True, "max_bits": True, "mantissa_bits": True,
+    "m_bases": True, "M_weight_bases": True, "c": False, "lam": False, "lambda_g": False, "gamma": False, "threshold": True,
+}  # fmt: skip
 STEPS, LEARNED_STEPS = 257, 65  # places on a knob that is no whole number; where each costs a round of training
 STAGED = ("portion", "depth")  # what is turned up between the rounds
 WEIGHTS_ALONE = {"a_bits": 32, "g_bits": 32, "mode": "bwn", "use": "weights"}  # wherever a method allows it
 SHORT: dict[str, dict[str, Any]] = {  # where a default is made for longer training
-    "sparse_variational_dropout": {"log_sigma2": -5.0}, "l0_hard_concrete": {"start": 0.5}, "admm_weight_pruning": {"every": 20},
+    "sparse_variational_dropout": {"log_sigma2": -5.0}, "l0_hard_concrete": {"start": 0.1}, "admm_weight_pruning": {"every": 20},
     "structured_probabilistic_pruning": {"every": 10}, "global_dynamic_pruning": {"every": 10},
 }  # fmt: skip
 
@@ -179,7 +181,7 @@ def size(key: str) -> dict[str, Any]:
 
 def size_knob(method: Method) -> str:
     """The knob that says how large a method's result is; empty where there is none."""
-    return next((name for name in (*GROWS, *SHRINKS) if name in method.knobs), "")
+    return next((name for name in SIZE if name in method.knobs), "")
 
 
 def learns_size(method: Method) -> bool:
@@ -200,7 +202,7 @@ def _size(how: dict[str, Any]) -> dict[str, Any]:
         return held(learned(model, data, seed=SEEDS[0], **_round(how["rate"])) if learns_size(method) else model)
 
     try:
-        tried = search(made, places(method, name), goal, name in SHRINKS) if name else {None: made(None)}
+        tried = search(made, places(method, name), goal, not SIZE[name]) if name else {None: made(None)}
     except ValueError as error:
         return {"knob": name, "value": None, "bytes": 0, "refused": str(error)}
     value = nearest(tried, goal)

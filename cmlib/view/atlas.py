@@ -180,7 +180,7 @@ def at_equal_bytes(found: pd.DataFrame, goal: float, control: str, *, title: str
     axes[1].axvline(100 * (1 - found[found.key == control].test.mean()), color=DARK, linestyle="--", linewidth=1.4)
     log_axis(axes[0], "x", (1, 2, 4, 8, 16, 32))
     log_axis(axes[1], "x", (0.5, 1, 2, 5, 10, 20, 50, 90))
-    axes[0].set(xlabel="bits a weight", xlim=(0.8, 40), ylim=(len(keys) - 0.4, -0.6))
+    axes[0].set(xlabel="bits a weight", xlim=(0.6, 40), ylim=(len(keys) - 0.4, -0.6))
     axes[1].set(xlabel="test error, % (mark: a seed; bar: their mean)")
     axes[0].set_yticks(range(len(keys)), keys)
     for ax in axes:
@@ -189,6 +189,6 @@ def at_equal_bytes(found: pd.DataFrame, goal: float, control: str, *, title: str
     for chapter, (colour, marker) in looks.items():
         axes[1].plot([], [], marker, color=colour, linestyle="none", label=f"chapter {chapter}" if chapter else control)
     axes[1].plot([], [], "o", color=GREY, fillstyle="none", linestyle="none", label="with a remark in the table")
-    figure.legend(handles=axes[1].get_legend_handles_labels()[0], loc="outside upper center", ncols=len(looks) + 1)
+    figure.legend(handles=axes[1].get_legend_handles_labels()[0], loc="outside lower center", ncols=len(looks) + 1)
     figure.suptitle(title, fontsize=14, x=0.02, ha="left")
     return figure
