@@ -35,6 +35,27 @@ F64 = torch.float64
 SGD = partial(torch.optim.SGD, momentum=0.0)
 PLAIN = {"optimizer": SGD, "schedule": "constant", "keep_best": False}
 
+MUTATIONS = [
+    ("data_free_pruning", "cmlib/methods/prune_neurons.py", "a.square().mean((0, 2)) * apart", "a.square().mean((0, 2))[:, None] * apart",
+     "the one that stays pays, not the one that goes"),
+    ("synaptic_strength", "cmlib/methods/prune_neurons.py", "gamma_in.flatten(1).abs()", "gamma_in.flatten(1)", "a negative scale counts as weak"),
+    ("determinantal_point_process", "cmlib/methods/prune_neurons.py", "- table[i + 1, left]).exp()", "- table[i, left]).exp()",
+     "one eigenvalue too few in the polynomial below the line"),
+    ("divnet", "cmlib/methods/prune_neurons.py", "fused[stays] = w[stays] + torch.linalg", "fused[stays] = torch.linalg",
+     "what a neuron says itself is forgotten"),
+    ("variational_dropout_lrt", "cmlib/methods/prune_training.py", "_alpha(packed.state) * packed.values.square()",
+     "_alpha(packed.state) * packed.values.abs()", "the noise's variance misses its square"),
+    ("sensitivity_driven_regularization", "cmlib/methods/prune_training.py", '(1 - sensitivity[int(specific == "on")]).clamp(min=0)',
+     'sensitivity[int(specific == "on")].clamp(max=1)', "what the output depends on decays"),
+    ("learning_compression", "cmlib/methods/prune_training.py", 'state["lam"] - state["mu"] * (w.detach() - theta)',
+     'state["lam"] + state["mu"] * (w.detach() - theta)', "the multiplier's wrong sign"),
+    ("frequency_domain_pruning", "cmlib/methods/prune_training.py", "return band**-slope", "return band**slope", "low frequencies go first"),
+    ("energy_constrained_projection", "cmlib/methods/prune_budgets.py", "order = (value / cost).argsort(", "order = value.argsort(",
+     "by worth alone, whatever it costs"),
+    ("constraint_aware_compression", "cmlib/methods/prune_budgets.py", "torch.special.ndtr((cap - cost[0]) / cost[1])",
+     "torch.special.ndtr((cost[0] - cap) / cost[1])", "the chance to be too expensive"),
+]  # fmt: skip
+
 
 def two_layers(inputs, units, outputs, seed=0):
     """A dense network with one hidden ReLU layer, float64; draws of a normal distribution."""
