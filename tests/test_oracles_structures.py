@@ -40,6 +40,30 @@ SGD = partial(torch.optim.SGD, momentum=0.0)
 KEYS = [k for k, m in catalog().items() if m.chapter == "03" and vars(methods).get(k) is m]
 SEEDS = range(5)
 
+MUTATIONS = [
+    ("structured_sparsity_learning", "cmlib/methods/structures.py", "w * (1 - t / norms).clamp(min=0)", "w.sign() * (w.abs() - t).clamp(min=0)",
+     "each weight shrinks on its own: the lasso, without groups"),
+    ("l1_norm_filter_pruning", "cmlib/methods/structures.py", "return w.flatten(1).norm(p, dim=1)", "return w.flatten(1).sum(1)",
+     "the absolute value is missing"),
+    ("soft_filter_pruning", "cmlib/methods/structures.py", "torch.where(strongest(w, keep, p), w, 0.0) if epoch_ends else w",
+     "torch.where(strongest(w, keep, p), w, 0.0)", "filters are zeroed at every step: none can grow again"),
+    ("network_trimming_apoz", "cmlib/methods/structures.py", "return 1 - zeros\n", "return zeros\n", "the silent ones stay"),
+    ("network_slimming", "cmlib/methods/structures.py", "return bn_gamma.abs().mean(0)", "return bn_gamma.mean(0)",
+     "a negative scale counts as small"),
+    ("network_slimming", "cmlib/methods/structures.py", "lam * gamma.detach().sign()", "lam * gamma.detach()",
+     "the penalty's square: scales shrink, and never vanish"),
+    ("thinet", "cmlib/methods/structures.py", "(2 * with_removed + gram.diagonal())", "gram.diagonal()",
+     "each channel alone: what cancels is not heard"),
+    ("lasso_channel_pruning", "cmlib/methods/structures.py",
+     "(w / torch.linalg.vector_norm(w, dim=(0, 2)).clamp(min=torch.finfo(w.dtype).tiny)[:, None]).flatten(1)", "w.flatten(1)",
+     "the parts of the next weight are not made of norm 1"),
+    ("taylor_pruning", "cmlib/methods/structures.py", "flow / flow.norm()", "flow / flow.sum()", "divided by the sum and not by the L2 norm"),
+    ("taylor_pruning", "cmlib/core/channel_evidence.py", "sum(p).abs().sum(0) / len(x)", "sum(p).sum(0).abs() / len(x)",
+     "the absolute value of the mean over examples: they cancel"),
+    ("admm_weight_pruning", "cmlib/methods/structures.py", 'u * (state["rho"] / higher)', 'u * (higher / state["rho"])',
+     "the dual is rescaled the wrong way"),
+]  # fmt: skip
+
 
 def linreg(n=60, d=6, outputs=1, *, seed=0, noise=0.1):
     """X (n, d), Y (n, outputs) = X times something + noise."""
