@@ -32,6 +32,25 @@ KEYS = [k for k, m in catalog().items() if vars(methods).get(k) is m]
 SGD = partial(torch.optim.SGD, momentum=0.0)
 SEEDS = range(5)
 
+MUTATIONS = [
+    ("binaryconnect", "cmlib/methods/quantize.py", "unit * (2 * torch.rand_like(w) - 1)", "unit * (torch.rand_like(w) - 0.5)",
+     "the sigmoid twice as steep"),
+    ("bnn", "cmlib/methods/quantize.py", "inside(-ste_clip, ste_clip)", "inside(-math.inf, math.inf)", "the straight-through line has no ends"),
+    ("xnor_net", "cmlib/methods/quantize.py", "slope = 1 / rows.shape[1] + scale *", "slope = 1 + scale *", "1 / n is missing in the gradient"),
+    ("xnor_net", "cmlib/methods/quantize.py", "rows.abs().mean(1, keepdim=True).detach()\n    slope",
+     "rows.abs().mean().expand(len(rows), 1).detach()\n    slope", "one scale for the layer, not one a filter"),
+    ("bi_real_net", "cmlib/methods/quantize.py", "(rows * scale * (rows.abs() <= 1))", "(rows * (rows.abs() <= 1))",
+     "the gradient does not know the size of the weight"),
+    ("bi_real_net", "cmlib/methods/quantize.py", "(2 - 2 * x.abs()).clamp(min=0)", "(1 - x.abs()).clamp(min=0)", "half of ApproxSign's slope"),
+    ("ternary_weight_networks", "cmlib/methods/quantize.py", "/ kept.sum(1, keepdim=True).clamp(min=1)", "/ size.shape[1]",
+     "the mean is over all weights, those at 0 too"),
+    ("trained_ternary_quantization", "cmlib/methods/quantize.py", "torch.stack([w_n, torch.ones_like(w_n), w_p]).detach()",
+     "torch.stack([w_p, torch.ones_like(w_n), w_n]).detach()", "gradients with the other zone's scale"),
+    ("dorefa_net", "cmlib/methods/quantize.py", "soft = t / torch.where(top > 0, top, 1)", "soft = t", "tanh is not divided by its maximum"),
+    ("dorefa_net", "cmlib/methods/quantize.py", "(steps * unit + torch.rand_like(g) - 0.5).round()", "(steps * unit).round()",
+     "gradients are rounded without noise"),
+]  # fmt: skip
+
 
 def codes(key, w, training=False, state=None, **knobs):
     """What the leaf itself gives for a weight; any knob, also beyond its slider."""
