@@ -47,7 +47,7 @@ class UntraceableError(ValueError):
 def example_of(model: nn.Module, data: Any = None) -> Tensor:
     """One input for ``model``: of ``data`` (a data set or a pair), else of the shape that the kit's networks carry with them."""
     if data is not None:
-        return as_input(pair_of(data, "train")[0][:1], model).to(device_of(model))
+        return as_input(pair_of(data, "train")[0][:1], model).to(device_of(model), dtype_of(model))
     if not hasattr(model, "input_shape"):
         raise UntraceableError("which channels belong together is found by running one image through the network: pass data=(images, labels)")
     return torch.zeros(1, *model.input_shape, dtype=dtype_of(model), device=device_of(model))
@@ -78,13 +78,13 @@ def graph_of(model: nn.Module, example: Tensor) -> Any:
             return torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
     except Exception as error:
         raise UntraceableError(
-            _refusal(model, example)
+            refusal(model, example)
             or f"torch-pruning cannot follow this network's forward pass ({type(error).__name__}: {error}), so no channel can be removed; "
             "unit='row' still masks filters where they stand"
         ) from error
 
 
-def _refusal(model: nn.Module, example: Tensor) -> str:
+def refusal(model: nn.Module, example: Tensor) -> str:
     """What the network itself says against the image; empty where it takes it."""
     try:
         with torch.no_grad():

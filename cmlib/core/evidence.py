@@ -212,18 +212,20 @@ def quality(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) 
             z = _with_weights(model, layers, flat, x)
             return -loss(z, y).item() if y.is_floating_point() else (z.argmax(1) == y).double().mean().item()
 
+    loss(model(x), y)  # images and labels that do not fit show at once
     return dict.fromkeys(layers, found)
 
 
 def loss_at(model: nn.Module, layers: Layers, x: Tensor, y: Tensor, loss: Loss) -> dict[str, Callable[[Tensor], Tensor]]:
     """A function of all covered weights laid end to end: the network's mean loss with them, differentiable."""
+    loss(model(x), y)  # as in ``quality``
     return dict.fromkeys(layers, lambda flat: loss(_with_weights(model, layers, flat, x), y))
 
 
 def _with_weights(model: nn.Module, layers: Layers, flat: Tensor, x: Tensor) -> Tensor:
     """The outputs with the covered weights ``flat``, laid end to end."""
     shapes = {f"{name}.weight": m.weight.shape for name, m in layers.items()}
-    parts = flat.split([s.numel() for s in shapes.values()])
+    parts = flat.to(x).split([s.numel() for s in shapes.values()])
     with in_evaluation(model):
         return torch.func.functional_call(model, {n: p.reshape(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}, x)
 

@@ -23,6 +23,8 @@ def pair_of(data: Any, part: str) -> Pair:
         raise ValueError(f"data must be a data set, as load_data(name) gives it, or a pair of tensors (images, labels); got {got}")
     if not len(pair[0]) == len(pair[1]) > 0:
         raise ValueError(f"data must have as many labels as images, and some; got {len(pair[0]):,} images and {len(pair[1]):,} labels")
+    if any(t.is_meta for t in pair):
+        raise ValueError("data must have numbers; got a tensor on the meta device")
     return pair[0], pair[1]
 
 
@@ -53,7 +55,9 @@ def stratified(labels: Tensor, count: int, seed: int = 0) -> Tensor:
 def sample(data: Any, count: int) -> Pair:
     """A fixed stratified sample of the training part, for gradients, curvature and calibration."""
     images, labels = pair_of(data, "train")
-    if count >= len(labels):
-        return images, labels
-    rows = stratified(labels, count) if labels.dtype == torch.int64 and labels.dim() == 1 else torch.arange(count)
-    return images[rows], labels[rows]
+    if count < len(labels):
+        rows = stratified(labels, count) if labels.dtype == torch.int64 and labels.dim() == 1 else torch.arange(count)
+        images, labels = images[rows], labels[rows]
+    if images.is_floating_point() and not images.isfinite().all():
+        raise ValueError("the images hold numbers that are NaN or infinite; clean them, or leave these images out")
+    return images, labels

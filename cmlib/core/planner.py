@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fnmatch
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -18,11 +19,11 @@ from torch.nn.utils import parametrize
 
 from .apply import Plan, plan_of, weighted, with_plain_weights
 from .channel_evidence import CHANNEL_PROVIDERS, WITHOUT_DATA, into_reader, reader_of
-from .channels import Structure, Vectors, example_of
+from .channels import Structure, Vectors, example_of, refusal
 from .codes import SparseCodes
 from .evidence import OF_INPUTS, OF_WEIGHTS, Evidence, Loss, in_evaluation
 from .evidence import PROVIDERS as LAYER_PROVIDERS
-from .inputs import as_input, device_of, sample
+from .inputs import as_input, device_of, dtype_of, sample
 from .knobs import nearest
 from .method import Method, apart, call, end_to_end
 from .packed import Masked, Packed
@@ -85,7 +86,7 @@ class Planner:
         self.model, self.method, self.layers, self.data, self.loss = model, method, covered(model, where), data, loss
         self.previous = {n: p.in_weights() for n, p in plan_of(model).items()}
         self.weights = self._dense(self.layers)
-        _check_finite(self.weights)
+        _check_numbers(self.weights)
         self._given = {n: {"w": self.weights[n], "training": False} for n in self.layers}
         for name in (a for a in method.asks if a not in ("w", "training")):
             found = gather(model, self.layers, name, data, loss, samples, method.key)
@@ -290,17 +291,22 @@ def gather(
         raise ValueError(f"{owner} asks for {name}, which needs data: pass data=load_data(...) or a pair (images, labels)")
     if samples < 1:
         raise ValueError(f"samples={samples}: {name} is gathered on at least one image")
-    if name in OF_WEIGHTS:
-        model = with_plain_weights(model)
-        layers = {n: model.get_submodule(n) for n in layers}
+    model = with_plain_weights(model) if name in OF_WEIGHTS else model
+    if dtype_of(model) == torch.float16:  # whose sums run over, and whose squared gradients are 0
+        model = deepcopy(model).float()
+    layers = {n: model.get_submodule(n) for n in layers}
     pair = (example_of(model), torch.zeros(1, dtype=torch.int64)) if data is None else sample(data, samples)
     x, y = (t.to(device_of(model)) for t in pair)
+    x = as_input(x, model).to(dtype_of(model))
     fixed = [p for p in model.parameters() if not p.requires_grad]
     try:
         for p in fixed:  # frozen weights have gradients and curvature too
             p.requires_grad_(True)
         with in_evaluation(model), parametrize.cached():  # an attached weight is one tensor, the same for the forward pass and its gradient
-            found = PROVIDERS[name](model, layers, as_input(x, model), y, loss)
+            found = PROVIDERS[name](model, layers, x, y, loss)
+    except (RuntimeError, IndexError) as error:
+        said = refusal(model, x[:1]) or f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{owner} asks for {name}, which cannot be worked out of this network and this data: {said}") from error
     finally:
         for p in fixed:
             p.requires_grad_(False)
@@ -308,6 +314,9 @@ def gather(
         raise ValueError(f"{owner} asks for {name} ({PROVIDERS[name].__doc__.splitlines()[0]}), which none of {', '.join(layers)} has; see where=...")
     if name not in CHANNEL_PROVIDERS and (idle := [n for n in layers if n not in found]):
         raise ValueError(f"layer {idle[0]} takes no part in the output, so it has no {name}; leave it out with where=...")
+    for n, v in found.items():
+        if isinstance(v, Tensor) and not torch.isfinite(v).all():
+            raise ValueError(f"{owner} asks for {name}, which is NaN or infinite in layer {n} for this data")
     return {n: v.detach() if isinstance(v, Tensor) else v for n, v in found.items()}
 
 
@@ -323,8 +332,12 @@ def _column(s: Tensor, w: Tensor) -> Tensor:
     return s.reshape(-1, *[1] * (w.dim() - 1)) if s.dim() == 1 and len(s) == len(w) else s
 
 
-def _check_finite(weights: dict[str, Tensor]) -> None:
+def _check_numbers(weights: dict[str, Tensor]) -> None:
     for name, w in weights.items():
+        if w.is_meta:
+            raise ValueError(f"layer {name} is on the meta device and has no numbers; load the model's weights before compressing it")
+        if w.dtype not in (torch.float16, torch.float32, torch.float64):
+            raise ValueError(f"layer {name} is {w.dtype}, which no file here holds; give model.float() or model.half()")
         bad = int((~torch.isfinite(w)).sum())
         if bad:
             raise ValueError(f"layer {name} has {bad:,} weights that are NaN or infinite; load or train the model again before compressing it")

@@ -42,7 +42,8 @@ def loss_aware_binarization(w, hess_diag, *, curvature: Annotated[str, Pick("hes
     if state is None:
         state = {"d": positive(hess_diag) if curvature == "hess_diag" else torch.ones_like(w)}
     rows, d = grouped(w.detach(), per), grouped(state["d"], per)
-    return replace(signs(rows, (d * rows.abs()).sum(1, keepdim=True) / d.sum(1, keepdim=True), w), state=state)
+    alpha = (d * rows.abs()).sum(1, keepdim=True) / d.sum(1, keepdim=True)
+    return replace(signs(rows, alpha.to(w), w), state=state)
 
 
 def least_squares(b: Tensor, x: Tensor) -> Tensor:
@@ -171,8 +172,8 @@ def bwnh(w, acts_gram, *, n_alternations: Annotated[int, Span(0, 50, integer=Tru
     if state is None:
         rows = filters(w.detach())
         gram = torch.eye(rows.shape[1]).to(rows)[None] if acts_gram is None else acts_gram
-        b, alpha = hashed(rows.reshape(len(gram), -1, rows.shape[1]), gram, 0 if acts_gram is None else n_alternations)
-        state = {"alpha": nn.Parameter(alpha.reshape(-1, 1)), "index": (b > 0).long().reshape(rows.shape)}
+        b, alpha = hashed(rows.reshape(len(gram), -1, rows.shape[1]).to(gram), gram, 0 if acts_gram is None else n_alternations)
+        state = {"alpha": nn.Parameter(alpha.reshape(-1, 1).to(w)), "index": (b > 0).long().reshape(rows.shape)}
     return Codes(w, state["index"], 2 * state["alpha"], 2, straight=False, state=state)
 
 

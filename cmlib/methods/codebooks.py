@@ -217,13 +217,14 @@ def qem(x: Tensor, v: Tensor, off: int, passes: int) -> Tensor:
 
     e are the bits of the codes, with ``off`` (-1 or 0) where not set. Codes that leave v open choose the shortest (LQ-Nets, algorithm 1).
     """
+    given, x, v = v, x.double(), v.double()
     e = patterns(v.shape[1], off, x)
     for _ in range(passes):
         index = nearest_level(x, v @ e.T)
         count, total = (x.new_zeros(len(x), len(e)).scatter_add(1, index, t) for t in (torch.ones_like(x), x))
         gram = (e.T * count[:, None]) @ e
         v = (torch.linalg.pinv(gram, hermitian=True) @ (total @ e)[:, :, None])[:, :, 0]
-    return v
+    return v.to(given)
 
 
 def first_basis(x: Tensor, bits: int, off: int) -> Tensor:
