@@ -82,8 +82,8 @@ MUTATIONS = [
      '(1 + more) / (time * p)',
      '(1 + more) / time', 'the chance is forgotten'),
     ('provable_filter_pruning', JUDGED,
-     's.sum() / (1 + turn)',
-     '1 / (1 + turn)', 'all layers shrink alike'),
+     's.sum() / draws',
+     '1 / draws', 'all layers shrink alike'),
 ]  # fmt: skip
 
 
@@ -970,6 +970,16 @@ def test_provable_filter_pruning_6_one_threshold_is_one_eps_for_all_layers():
         by_bound = [min(len(score), math.floor(total / eps**2 + 1e-9)) for score, total in zip(scores, sums, strict=True)]
         assert ours == by_bound and sum(ours) == budget
         assert sums.index(min(sums)) == ours.index(min(ours)) == 1  # that of least sum s keeps the fewest
+
+
+def test_provable_filter_pruning_6_at_one_eps_each_layer_keeps_what_its_own_number_of_draws_shows():
+    """m = sum s / eps^2 draws with returning show j with probability 1 - (1 - p_j)^m, in the Poisson process 1 - exp(-m p_j); 400 seeds."""
+    for total, (a, w) in ((9.0, positive_layer(10, 30, 4)), (30.0, positive_layer(10, 12, 4, seed=5))):
+        a[:, :3] *= 10
+        s = judged.sensitivities(a, w)
+        kept = torch.stack([judged.provable_filter_pruning(a, w, seed=i) >= s.sum() / total for i in range(400)]).double()
+        chance = 1 - torch.exp(-total * s / s.sum())
+        assert ((kept.mean(0) - chance).abs() <= 4.5 * (chance * (1 - chance) / 400).sqrt() + 1e-9).all()
 
 
 def test_provable_filter_pruning_leaves_a_whole_network_alone_and_weighs_what_it_draws(digits):

@@ -233,13 +233,13 @@ def provable_filter_pruning(next_acts_in, next_w, *, variant: Annotated[str, Pic
 
     s_j, the largest share that channel j ever has in a sum of the next layer, positive and negative products apart; m draws with p_j = s_j / sum s
     keep the sum within 1 +- eps of its value with probability 1 - delta if m ~ sum s log(1 / delta) / eps^2, channel j weighing n_j / (m p_j)
-    (survey 004). The score is sum s / r_j, r_j = 1, 2, ... the turn in which j is first drawn (``deterministic``: by falling s_j, unweighted):
-    across the network those above one threshold stay, which is the same eps in every layer; the paper's delta and constants only move that
-    threshold. Draws come as a Poisson process and end with the last channel that stays: weights are unbiased at a fixed m, and nearly so here.
+    (survey 004). The score is sum s / m_j, m_j the draws until j first comes up (``deterministic``: its place by falling s_j, unweighted): across the
+    network those above one threshold stay, which is the same eps in every layer; the paper's delta and constants only move that threshold. Draws come
+    as a Poisson process and end with the last channel that stays: weights are unbiased at a fixed m, and nearly so here.
     """
     s = sensitivities(next_acts_in, next_w)
-    turn = (arrivals(s, seed) if variant == "rand" else -s).argsort(stable=True).argsort()
-    return torch.where(s > 0, s.sum() / (1 + turn), 0.0)
+    draws = arrivals(s, seed) if variant == "rand" else 1 + (-s).argsort(stable=True).argsort()
+    return torch.where(s > 0, s.sum() / draws, 0.0)
 
 
 def active(saliency: Tensor, group: Tensor, keep: float, scope: str) -> Tensor:
