@@ -114,6 +114,11 @@ def exercises(args: list[str]) -> int:
     return run([environment(), "-m", "cmlib.grade.release", *args])
 
 
+def grade(args: list[str]) -> int:
+    """Grade submissions, each in a box of its own: SUBMISSIONS --out GRADES [...]; --help lists the rest."""
+    return run([environment(), "-m", "cmlib.grade", *args])
+
+
 def lint(args: list[str]) -> int:
     """Check the code, or the paths given, with ruff."""
     ruff, paths = [environment(), "-m", "ruff"], args or ["."]
@@ -132,7 +137,7 @@ def clean(args: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    f.__name__: f for f in (setup, lab, voila, test, bench, fuzz, mutants, notebooks, exercises, lint, train, clean)
+    f.__name__: f for f in (setup, lab, voila, test, bench, fuzz, mutants, notebooks, exercises, grade, lint, train, clean)
 }
 PLAIN = (setup, clean)  # these take no arguments
 
