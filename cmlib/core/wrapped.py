@@ -48,6 +48,11 @@ class Around(Packed):
     def frozen(self) -> Packed:
         return replace(self, inner=self.inner.frozen())
 
+    @classmethod
+    def widths(cls, plain: Arrays, meta: dict[str, Any]) -> Widths:
+        storage.need(meta["inner"]["shape"] == meta["shape"], "the shapes inside and outside differ")
+        return TYPES[meta["inner"]["type"]].widths(plain, meta["inner"])
+
 
 @dataclass(frozen=True, eq=False)
 class Sited(Around):
@@ -66,11 +71,6 @@ class Sited(Around):
     def meta(self) -> dict[str, Any]:
         inner = self.inner.meta()
         return {"type": "sited", "shape": inner["shape"], "inner": inner, "input": self.input.meta()}
-
-    @classmethod
-    def widths(cls, plain: Arrays, meta: dict[str, Any]) -> Widths:
-        storage.need(meta["inner"]["shape"] == meta["shape"], "the shapes inside and outside differ")
-        return TYPES[meta["inner"]["type"]].widths(plain, meta["inner"])
 
     @classmethod
     def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> Sited:
@@ -97,11 +97,6 @@ class Perforated(Around):
     def meta(self) -> dict[str, Any]:
         inner = self.inner.meta()
         return {"type": "perforated", "shape": inner["shape"], "inner": inner, "map": list(self.computed.shape)}
-
-    @classmethod
-    def widths(cls, plain: Arrays, meta: dict[str, Any]) -> Widths:
-        storage.need(meta["inner"]["shape"] == meta["shape"], "the shapes inside and outside differ")
-        return TYPES[meta["inner"]["type"]].widths(plain, meta["inner"])
 
     @classmethod
     def rebuild(cls, plain: Arrays, streams: Arrays, meta: dict[str, Any]) -> Perforated:
