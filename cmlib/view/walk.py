@@ -26,13 +26,13 @@ from ..core.apply import Plan, attach_plan, plan_of, weighted, with_plain_weight
 from ..core.bake import bake
 from ..core.channels import UntraceableError
 from ..core.method import Method
-from ..core.planner import PROVIDERS, Planner
 from ..core.perforate import detach_places
+from ..core.planner import PROVIDERS, Planner
 from ..core.sites import detach_site
 from ..lab.cost import multiply_adds
 from ..lab.data import Data
 from ..lab.files import length, save, sizes
-from ..lab.measure import codes_in, input_bits, latency
+from ..lab.measure import codes_in, latency
 from ..lab.train import predict
 from ..lab.zoo import checkpoint, load_net
 from ..methods import catalog
