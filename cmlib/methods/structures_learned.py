@@ -113,7 +113,8 @@ def structured_probabilistic_pruning(
     Each column of the weight matrix, the same entry of all filters, is masked with its probability p, drawn anew each step; masked weights are kept
     and may return. ``every`` so many steps p <- clip(p + D(r), 0, 1), r the rank of its L1 norm over these steps, D falling from A through 0 at the
     share R that is to go (survey 004). Outside of training the columns of highest p are masked, of equal ones those of smaller norm. The paper's R is
-    1 - ``keep``, its A ``rate``; it stops once R have p = 1. Norms are averaged over the steps between two updates: our reading.
+    1 - ``keep``, its A ``rate``. It stops once R have p = 1, which here go on being ranked and may return. Norms are averaged over the steps between
+    two updates: our reading.
     """
     norms = w.detach().abs().sum(0, keepdim=True)
     state = state or {"p": torch.zeros_like(norms), "norms": torch.zeros_like(norms), "step": 0}
