@@ -20,7 +20,7 @@ _PLACES = {
     "bit_sensitivity": "lab.bits", "bits_within": "lab.bits", "compress_bits": "lab.bits",
     "in_stages": "lab.stages", "turn": "lab.stages", "follow": "lab.stages",
     "integer_network": "lab.integer", "to_onnx": "lab.engines", "to_int8": "lab.engines", "Engine": "lab.engines",
-    "fold_batch_norm": "lab.calibrate", "bias_correction": "lab.calibrate", "signed": "lab.nets", "swapped": "lab.nets", "follow": "lab.stages",
+    "fold_batch_norm": "lab.calibrate", "bias_correction": "lab.calibrate", "signed": "lab.nets", "swapped": "lab.nets",
     "save": "lab.files", "load": "lab.files", "FileError": "lab.files",
     "load_data": "lab.data", "DataError": "lab.data", "Data": "lab.data",
     "load_net": "lab.zoo", "build": "lab.zoo", "NetError": "lab.zoo",
