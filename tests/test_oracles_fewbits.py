@@ -33,6 +33,9 @@ MUTATIONS = [
     ("wrpn", "cmlib/methods/fewbits.py", "reach_of(w, lr_scale_by_init), 2 ** (bits - 1) - 1", "reach_of(w, lr_scale_by_init), 2**bits - 1",
      "the sign's bit is counted as a level's"),
     ("wage", "cmlib/methods/fewbits.py", "math.sqrt(fan_in / 6)", "math.sqrt(6 / fan_in)", "the shift falls with the fan in"),
+    ("wage", "cmlib/methods/fewbits.py", "/ layer_shift(g, bits) / lr", "/ lr", "the step is not divided by alpha"),
+    ("wage", "cmlib/methods/fewbits.py", "return in_units(w * alpha, g_bits) * 2.0 ** (1 - g_bits) / alpha",
+     "return in_units(w, g_bits) * 2.0 ** (1 - g_bits)", "the latent weight is not in units of alpha"),
     ("syq", "cmlib/methods/fewbits.py", '"row": (2, 0, 1, 3)', '"row": (3, 0, 1, 2)', "a scale for each column of the kernel, not for each row"),
     ("value_aware_quantization", "cmlib/methods/fewbits.py", "highest(x.abs().flatten(),", "highest(x.flatten(),",
      "the largest, not those of largest magnitude"),
@@ -194,6 +197,18 @@ def test_wage_steps_are_whole_numbers_with_the_right_mean():
         reach = methods.ap2(g.abs().max())
         assert torch.allclose(steps * 128, (steps * 128).round(), atol=1e-9)
         assert ((steps.mean(0) - eta * g / reach / 128).abs() <= 4 * steps.std(0) / 100_000**0.5 + 1e-12).all()
+
+
+def test_wage_steps_and_what_they_are_added_to_are_divided_by_alpha():
+    g, w = normal(8, 75), normal(8, 75, seed=1) / 8
+    steps = []
+    for shape, alpha in (((8, 75), 2), ((40, 15), 1)):  # fan in 75 and 15
+        torch.manual_seed(0)
+        assert methods.layer_shift(g.reshape(shape), 2) == alpha
+        steps.append(alpha * methods._integer_steps(g.reshape(shape), 0.3, bits=2, g_bits=8, eta=4.0).reshape(8, 75))
+        held = methods._on_the_grid(w.reshape(shape), bits=2, g_bits=8).reshape(8, 75)
+        assert torch.equal(held, (alpha * 128 * w).round().clamp(-127, 127) / (alpha * 128))
+    assert torch.equal(*steps) and steps[0].any()
 
 
 def test_wage_does_not_ask_how_large_gradients_are():

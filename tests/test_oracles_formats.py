@@ -24,8 +24,12 @@ MUTATIONS = [
     ("flexpoint", "cmlib/methods/formats.py", "greatest = 2 ** (mantissa_bits - 1) - 1", "greatest = 2**mantissa_bits - 1", "the sign has no bit"),
     ("flexpoint", "cmlib/methods/formats.py", "(history.max() + 3 * history.std(correction=0))", "(history.max() + history.std(correction=0))",
      "one deviation, not three"),
+    ("flexpoint", "cmlib/methods/formats.py", "if most <= reach else 2 * reach.reshape(1)",
+     "if most <= reach else torch.cat([history, 2 * reach.reshape(1)])", "what was before an overflow is remembered"),
     ("fp8_training", "cmlib/methods/formats.py", "round_float(g * loss_scale, 5, mantissa_bits) / loss_scale", "round_float(g, 5, mantissa_bits)",
      "small gradients are not scaled up first"),
+    ("fp8_training", "cmlib/methods/formats.py", "round_float(w, 6, 9, update_rounding)", "round_float(w, 6, 9)",
+     "steps below half a unit are lost"),
     ("dettmers_8bit", "cmlib/core/codes.py", "(torch.arange(1 << n, dtype=params.dtype) + 0.5) / (1 << n)",
      "torch.arange(1 << n, dtype=params.dtype) / (1 << n)", "levels at the start of their interval, not in its middle"),
 ]  # fmt: skip
@@ -94,6 +98,15 @@ def test_autoflex_remembers_no_more_than_it_is_told():
     for value in range(1, 9):
         state = call(acts, {"x": torch.tensor([1 + value / 100])}, {"history_length": 4, "state": state}).state
     assert torch.allclose(state["history"], torch.tensor([1.05, 1.06, 1.07, 1.08]))
+
+
+def test_autoflex_forgets_what_was_before_an_overflow():
+    acts, state = catalog()["flexpoint"].acts, None
+    for value in (1.0, 1.1, 1.2, 90.0):
+        given = call(acts, {"x": torch.tensor([value])}, {"state": state})
+        state = given.state
+    reach = given.scale.item() * (2**15 - 1)
+    assert reach < 90 and state["history"].tolist() == [pytest.approx(2 * reach)]
 
 
 def test_what_is_far_below_the_largest_is_lost():
@@ -166,6 +179,20 @@ def test_fp8_training_keeps_weights_of_sixteen_bits():
     (hook,) = attached_hooks(copy)
     hook.after(copy, torch.optim.SGD(copy.parameters(), lr=0.1))
     assert torch.equal(w, round_float(was, 6, 9)) and not torch.equal(w, was)
+
+
+def test_fp8_training_gathers_steps_below_half_a_unit_by_chance_only():
+    torch.manual_seed(0)
+    up = {}
+    for rounding in ("stochastic", "nearest"):
+        copy = compress(nn.Sequential(nn.Linear(100, 100)).double(), "fp8_training", update_rounding=rounding).train()
+        w = copy[0].parametrizations.weight.original
+        w.data.fill_(1 + 0.25 * 2**-9)
+        (hook,) = attached_hooks(copy)
+        hook.after(copy, torch.optim.SGD(copy.parameters(), lr=0.1))
+        assert ((w == 1) | (w == 1 + 2**-9)).all()
+        up[rounding] = (w > 1).double().mean().item()
+    assert abs(up["stochastic"] - 0.25) < 5 * (0.25 * 0.75 / 10_000) ** 0.5 and up["nearest"] == 0
 
 
 def test_fp8_errors_are_scaled_first():

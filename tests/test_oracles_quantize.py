@@ -35,6 +35,7 @@ SEEDS = range(5)
 MUTATIONS = [
     ("binaryconnect", "cmlib/methods/quantize.py", "unit * (2 * torch.rand_like(w) - 1)", "unit * (torch.rand_like(w) - 0.5)",
      "the sigmoid twice as steep"),
+    ("binaryconnect", "cmlib/methods/quantize.py", "reach = clip * (glorot(w) if", "reach = (glorot(w) if", "the clip is not heard"),
     ("bnn", "cmlib/methods/quantize.py", "inside(-ste_clip, ste_clip)", "inside(-math.inf, math.inf)", "the straight-through line has no ends"),
     ("xnor_net", "cmlib/methods/quantize.py", "slope = 1 / rows.shape[1] + scale *", "slope = 1 + scale *", "1 / n is missing in the gradient"),
     ("xnor_net", "cmlib/methods/quantize.py", "rows.abs().mean(1, keepdim=True).detach()\n    slope",
@@ -205,6 +206,9 @@ def test_binaryconnect_does_not_gather_beyond_the_clip():
     model = nn.Sequential(quantized(dense(torch.tensor([[0.9]], dtype=F64)), "binaryconnect", lr_scale_by_init="off"))
     assert descend(model, x, -x, 1.0, nothing, steps=10).item() == 1.0
     assert descend(model, x, 1.25 * x, 1.0, nothing, steps=1).item() == -0.25  # one step back is enough
+    for scaled, unit in (("off", 1.0), ("on", 0.75**0.5)):  # Glorot's reach of a layer from 1 to 1
+        tight = nn.Sequential(quantized(dense(torch.tensor([[0.4]], dtype=F64)), "binaryconnect", clip=0.5, lr_scale_by_init=scaled))
+        assert descend(tight, x, -x, 1.0, nothing, steps=10).item() == pytest.approx(0.5 * unit, abs=1e-12)
 
 
 # BNN
