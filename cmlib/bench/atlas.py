@@ -47,7 +47,7 @@ STEPS, LEARNED_STEPS = 257, 65  # places on a knob that is no whole number; wher
 STAGED = ("portion", "depth")  # what is turned up between the rounds
 WEIGHTS_ALONE = {"a_bits": 32, "g_bits": 32, "mode": "bwn", "use": "weights"}  # wherever a method allows it
 SHORT: dict[str, dict[str, Any]] = {  # where a default is made for longer training
-    "sparse_variational_dropout": {"log_sigma2": -5.0}, "l0_hard_concrete": {"start": 0.1}, "admm_weight_pruning": {"every": 20},
+    "sparse_variational_dropout": {"log_sigma2": -5.0}, "l0_hard_concrete": {"start": 0.33}, "admm_weight_pruning": {"every": 20},
     "structured_probabilistic_pruning": {"every": 10}, "global_dynamic_pruning": {"every": 10},
 }  # fmt: skip
 
