@@ -62,6 +62,8 @@ MUTATIONS = [
      "the absolute value of the mean over examples: they cancel"),
     ("admm_weight_pruning", "cmlib/methods/structures.py", 'u * (state["rho"] / higher)', 'u * (higher / state["rho"])',
      "the dual is rescaled the wrong way"),
+    ("admm_weight_pruning", "cmlib/methods/structures.py", 'min(state["rho"] * growth, max(HIGHEST, state["rho"]))', 'state["rho"] * growth',
+     "rho grows without end"),
 ]  # fmt: skip
 
 
@@ -1110,6 +1112,9 @@ def test_admm_the_dual_is_rescaled_with_rho_and_a_step_counts_once(digits64):
     after = methods.admm_weight_pruning(w, True, keep=0.5, growth=2.0, every=1, state=state).state
     z = methods.nearest(w + 1, 0.5)
     assert torch.equal(after["z"], z) and torch.allclose(0.2 * after["u"], 0.1 * (1 + w - z), rtol=0, atol=1e-15) and after["rho"] == 0.2
+    for rho in (0.6, 1.0, 3.0):  # it grows to 1, and one that is higher stays
+        top = methods.admm_weight_pruning(w, True, keep=0.5, growth=2.0, every=1, state={**state, "rho": rho}).state
+        assert top["rho"] == max(1, rho) and torch.allclose(top["rho"] * top["u"], rho * (1 + w - z), rtol=0, atol=1e-14)
     copy = compress(load_net("mlp", "digits").double(), "admm_weight_pruning", every=3)
     fit(copy, digits64, epochs=1, batch=200, keep_best=False)  # the penalty looks at the state and does not move it
     assert [a.rest["step"] for _, _, a in attached(copy)] == [-(-len(digits64[1]) // 200)] * 2
