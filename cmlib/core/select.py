@@ -142,6 +142,16 @@ def rank(scores: Scores, unit: str = "weight", scope: str = "layer", shapes: dic
     return Ranking(scores, shapes, unit, scope, ranks, {name: u.numel() for name, u in units.items()})
 
 
+def highest(score: Tensor, count: int) -> Tensor:
+    """The mask of the ``count`` highest numbers of a tensor; of equal ones the first."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    flat = score.flatten()
+    least = flat.kthvalue(len(flat) - count + 1).values
+    above, ties = flat > least, flat == least
+    return (above | (ties & (ties.cumsum(0) <= count - above.sum()))).reshape(score.shape)
+
+
 def select(scores: Scores | Tensor, keep: float = 0.1, *, threshold: float | None = None, unit: str = "weight", scope: str = "layer"):
     """Masks for ``scores`` ({layer: tensor}, or one tensor): ``keep`` of the units stay, or those at or above ``threshold``."""
     if isinstance(scores, Tensor):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.knobs import Keep, Pick, Span, Steps, Switch, Weight, WideBits
 from ..core.method import score, tool
 from ..core.packed import Masked
-from ..core.select import removed
+from ..core.select import highest, removed
 from .structures import normal_equations
 
 Cost = Annotated[float, Span(0, 500)]
@@ -53,19 +53,13 @@ def taken(workload: Tensor, keep: float, order: Tensor, budget: float) -> Tensor
     return torch.zeros(len(order), dtype=torch.bool, device=order.device).scatter(0, order, before > budget * energy.sum())
 
 
-def largest(score: Tensor, count: int) -> Tensor:
-    """The mask of the ``count`` largest; of equal ones the first."""
-    order = score.flatten().argsort(descending=True, stable=True)
-    return torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:count], True).reshape(score.shape)
-
-
 def with_restored(w: Tensor, acts_gram: Tensor, keep: float, restore: float) -> Tensor:
     """The mask of ``keep`` of the weights: the largest, and for the share ``restore`` of these those others of largest w_i^2 E x_i^2."""
     stay = w.numel() - removed(w.numel(), keep)
     back = round(restore * stay)
-    mask = largest(w.abs(), stay - back)
+    mask = highest(w.abs(), stay - back)
     moves = w.double().reshape(len(acts_gram), -1, acts_gram.shape[2]).square() * acts_gram.double().diagonal(dim1=1, dim2=2)[:, None]
-    return mask | largest(moves.reshape(w.shape).masked_fill(mask, -torch.inf), back)
+    return mask | highest(moves.reshape(w.shape).masked_fill(mask, -torch.inf), back)
 
 
 def refitted(w: Tensor, mask: Tensor, acts_gram: Tensor) -> Tensor:
@@ -191,6 +185,6 @@ def ecc_energy_bilinear(
     counts = whole_widths(u, full[mine], cost, budget).long().tolist()
     stays = torch.ones_like(squares, dtype=torch.bool).split(full.long().tolist())
     for i, part, count in zip(mine.tolist(), parts, counts, strict=True):
-        stays[i].copy_(largest(part, count))
+        stays[i].copy_(highest(part, count))
     mask = torch.cat(stays)[number]
     return Masked(w, mask)

@@ -19,7 +19,8 @@ from ..core.knobs import Pick, Span, Switch, WideBits
 from ..core.method import Training, quantizer
 from ..core.packed import Masked, State
 from ..core.rounding import Affine, affine
-from .grids import Mode, highest
+from ..core.select import highest
+from .grids import Mode
 from .quantize import ap2, binaryconnect, glorot, unit_inputs
 
 

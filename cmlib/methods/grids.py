@@ -21,19 +21,11 @@ from ..core.knobs import Per, Pick, Span, Switch, Weight, WideBits
 from ..core.method import Training, quantizer
 from ..core.packed import Masked, State
 from ..core.rounding import Affine, Steps, affine
+from ..core.select import highest
 from .quantize import filters, signs
 
 Average = Annotated[float, Span(0, 0.9999)]  # how much of the old a moving average keeps
 FEW, MANY = 8, 16  # an input of more bits is left as it is: by methods whose levels are listed, and by those whose levels are evenly spaced
-
-
-def highest(worth: Tensor, count: int) -> Tensor:
-    """Where the ``count`` highest numbers of a vector are; of equal ones the first."""
-    if count == 0:
-        return torch.zeros_like(worth, dtype=torch.bool)
-    least = worth.kthvalue(len(worth) - count + 1).values
-    ties = worth == least
-    return (worth > least) | (ties & (ties.cumsum(0) <= count - (worth > least).sum()))
 
 
 def power_codes(w: Tensor, exponent: float, sizes: int) -> Tensor:

@@ -55,6 +55,11 @@ def _group_lasso(packed, *, lambda_g, group, solver):
     return lambda_g * torch.where(squares > 0, squares, 1.0).sqrt().mul(squares > 0).sum()
 
 
+def standing(w: Tensor, group: str = "filter", least: float = 0.0) -> Masked:
+    """The weights of the groups whose norm is above ``least``; those that are masked go on learning."""
+    return Masked(w, (group_norms(w, group) > least).expand_as(w), straight=True)
+
+
 @score("Wen, Wu, Wang, Chen & Li 2016, Learning structured sparsity in deep neural networks", chapter="03",
        training=Training(penalty=_group_lasso, project=_group_lasso_step), filters=lambda *, group: group in ("filter", "depth"))  # fmt: skip
 def structured_sparsity_learning(
@@ -70,7 +75,7 @@ def structured_sparsity_learning(
     once training is over. Plain SGD solves this problem; AdamW scales its steps.
     """
     least = 0.0 if training else threshold_after
-    return Masked(w, (group_norms(w, group) > least).expand_as(w), straight=True)
+    return standing(w, group, least)
 
 
 def _each(norms: Tensor, w: Tensor) -> Tensor:

@@ -16,15 +16,14 @@ from torch import Tensor
 from ..core.knobs import Keep, Pick, Span, Steps, Weight
 from ..core.method import Training, dynamic, score
 from ..core.packed import Masked, Packed, State
+from ..core.select import highest
 from ..core.wrapped import Perforated
 from .structures import normal_equations
 
 
 def best_places(score: Tensor, rate: float) -> Tensor:
     """The mask of the map (H, W) without the share ``rate`` of its places of lowest score; one stays."""
-    order = score.flatten().argsort(descending=True, stable=True)
-    count = max(1, len(order) - round(rate * len(order)))
-    return torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:count], True).reshape(score.shape)
+    return highest(score, max(1, score.numel() - round(rate * score.numel())))
 
 
 def grid(shape: tuple[int, int], rate: float) -> Tensor:

@@ -18,7 +18,7 @@ from ..core.packed import Masked, State
 from ..core.select import removed
 from .prune import soft_threshold
 from .prune_training import least_noisy
-from .structures import group_norms, group_soft_threshold
+from .structures import group_soft_threshold, standing
 
 
 def _sparse_group_step(w, lr, *, lam, alpha):
@@ -36,7 +36,7 @@ def learning_number_of_neurons(w, *, lam: Penalty = 1e-3, alpha: Weight = 0.0, s
     removed, so that training from scratch finds the width. ``alpha`` 0 is the group lasso, 1 the lasso. The paper presses less on the first layers:
     compress them apart, with ``where``. The bias is not in the norm; it goes with its neuron. Plain SGD solves this problem; AdamW scales its steps.
     """
-    return Masked(w, (group_norms(w, "filter") > 0).expand_as(w), straight=True)
+    return standing(w)
 
 
 SALIENCY = {"obd": lambda w, h: 0.5 * h * w**2, "norm": lambda w, h: w**2}
@@ -81,7 +81,7 @@ def less_is_more_compact_cnn(
     rank is uncertain; here it is the weight matrix (out, rest), whose singular values give way first and its neurons then, which is the proximal step
     of the sum only where one of the two is 0.
     """
-    return Masked(w, (group_norms(w, "filter") > 0).expand_as(w), straight=True)
+    return standing(w)
 
 
 def increments(importance: Tensor, count: int, rate: float, u: float) -> Tensor:

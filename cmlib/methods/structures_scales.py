@@ -19,7 +19,7 @@ from ..core.knobs import Penalty, Pick, Span
 from ..core.method import Training, score
 from ..core.packed import Masked, State
 from .prune import soft_threshold
-from .structures import _each, scales
+from .structures import _each, network_slimming, scales
 
 Cut, Momentum = Annotated[float, Span(0, 0.1)], Annotated[float, Span(0, 0.99)]
 
@@ -138,7 +138,7 @@ def ista_channel_pruning(bn_gamma):
     steps bring scales to exactly zero, after ``rescaled(net, alpha)``, which lets them get there sooner. A channel of scale zero always says
     relu(beta): ``absorbed(net)`` puts that into the next layer, and ``threshold=1e-12`` then removes just these. The paper's mu is the learning rate.
     """
-    return bn_gamma.abs().mean(0)
+    return network_slimming(bn_gamma)
 
 
 def ista(rho: float, costs: dict[str, float] | None = None) -> Hook:
