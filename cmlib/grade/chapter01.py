@@ -8,11 +8,13 @@ from functools import cache
 import numpy as np
 
 from ..core.storage import nbytes
-from .checks import question
+from .checks import EMPTY, question
 from .trial import Trial
 
 # Picojoules of one operation, and of one access by the 32-bit word, 45 nm (Horowitz 2014), as in ``cmlib.lab.cost``.
 PRICE = {"fp32 mult": 3.7, "fp32 add": 0.9, "int8 mult": 0.2, "int32 add": 0.1, "SRAM": 5.0, "DRAM": 640.0}
+
+BY_HAND = ("1.10", "1.11")
 
 Network = dict[str, np.ndarray]
 
@@ -128,6 +130,9 @@ def convolution(t: Trial) -> None:
         t.equal(t.call("conv_cost", 3, 8, 3, 10), (224, 13824), mistakes={"the biases are parameters too": (216, 13824)})
     with t.part("LeNet-5's second convolution: 25,050 parameters, 1.6 million multiply-adds"):
         t.equal(t.call("conv_cost", 20, 50, 5, 12), (25050, 1600000))
+    with t.part("8 → 12 channels in 4 groups, 3 × 3 with stride 2, on 12 × 12 pixels"):
+        mistakes = {"a last step that would leave the image is not taken": (228, 7776), "groups change nothing here": (876, 21600)}
+        t.equal(t.call("conv_cost", 8, 12, 3, 12, stride=2, groups=4), (228, 5400), mistakes)
 
 
 @question(
@@ -143,6 +148,10 @@ def convolution(t: Trial) -> None:
 def own_layer(t: Trial) -> None:
     with t.part("three figures, by name"):
         assert sorted(t.get("my_layer")) == ["multiply_adds", "separable", "times_fewer"], "multiply_adds, separable, times_fewer are asked for"
+    with t.part("the multiply-adds of your own layer"):
+        assert t.student, EMPTY
+        n, found = t.variant(), t.get("my_layer")["multiply_adds"]
+        assert found == n["cin"] * n["cout"] * (n["kernel"] * n["size"]) ** 2, f"these are not your numbers, for {t.student!r}: {n}"
     with t.part("the separable pair is cheaper, and less than kernel² times"):
         found, kernel = t.get("my_layer"), t.variant()["kernel"]
         assert found["separable"] < found["multiply_adds"] and 1 < found["times_fewer"] < kernel**2
@@ -237,7 +246,9 @@ def formats(t: Trial) -> None:
 )
 def break_even(t: Trial) -> None:
     with t.part("100 × 100 weights of 4 bytes, columns of 2 bytes"):
-        t.equal(t.call("csr_pays_up_to", 100, 100, 4, 2), 6599, mistakes={"the row starts take bytes too": 6666, "an equal size does not pay": 6600})
+        t.equal(t.call("csr_pays_up_to", 100, 100, 4, 2), 6599, mistakes={"the row starts take bytes too": 6666})
+    with t.part("9 × 14 weights of 4 bytes, columns of 4 bytes"):
+        t.equal(t.call("csr_pays_up_to", 9, 14, 4, 4), 57, mistakes={"an equal size does not pay": 58})
     with t.part("fewer bits a value, fewer weights for which addresses pay"):
         few, many = (t.call("csr_pays_up_to", 100, 100, value, 2) for value in (1, 4))
         assert few < many
@@ -253,14 +264,21 @@ def break_even(t: Trial) -> None:
     ),
 )
 def fair(t: Trial) -> None:
-    seconds = np.array([[1.0] * 9, [2.0] * 9])
-    with t.part("two calls that take 1 s and 2 s, on a machine whose clock is known"):
+    once = np.array([9.0, 9, 1, 2, 3, 4, 90])
+    seconds = np.stack([once, 2 * once])
+    with t.part("a call that takes 9 and 9 s, then 1, 2, 3, 4 and 90 s, and one that takes twice as long; two runs are warm-up"):
         machine = Machine(seconds)
-        t.close(t.call("fair_times", machine.calls, machine.clock, 5, 2), [[1, 1, 1], [2, 2, 2]])
+        found = t.call("fair_times", machine.calls, machine.clock, 5, 2)
+        t.close(found, [[2, 3, 4], [4, 6, 8]], mistakes={"this is the mean": [[2, 20, 4], [4, 40, 8]]})
     with t.part("each call ran 2 + 5 times"):
         machine = Machine(seconds)
         t.call("fair_times", machine.calls, machine.clock, 5, 2)
         t.equal([machine.log.count(i) for i in (0, 1)], [7, 7])
+    with t.part("the two take turns"):
+        machine = Machine(seconds)
+        t.call("fair_times", machine.calls, machine.clock, 5, 2)
+        order = [machine.log[p] for p in machine.timed()]
+        assert order and all({*pair} == {0, 1} for pair in zip(order[::2], order[1::2])), "one call's runs come one after another"
 
 
 @question(
@@ -281,6 +299,10 @@ def decision(t: Trial) -> None:
         t.equal(t.call("verdict", old, old + 0.1), "slower")
     with t.part("three pairs are never enough"):
         t.equal(t.call("verdict", old[:3], old[:3] / 2), "inconclusive")
+    with t.part("five pairs quicker and three equal; then six quicker and four equal"):
+        found = [t.call("verdict", old[: q + e], old[: q + e] - np.repeat([0.1, 0], [q, e])) for q, e in ((5, 3), (6, 4))]
+        mistakes = {"equal pairs are no wins": ["faster", "faster"], "equal pairs are left out of n": ["inconclusive", "inconclusive"]}
+        t.equal(found, ["inconclusive", "faster"], mistakes)
 
 
 @question(
@@ -299,6 +321,7 @@ def smallest_file(t: Trial) -> None:
         data, decoded = compressed(t, network)
         t.figure("bytes", len(data))
         found, asked = accuracy(decoded, x, y), dense - 0.01
+        t.figure("accuracy", found)
         assert found >= asked, f"{len(data):,} bytes, and {found:.2%} right where {asked:.2%} were asked for"
     with t.part("the file is smaller than the dense one"):
         whole = sum(w.nbytes for w in network.values())

@@ -7,7 +7,9 @@ names that the notebook defines, and never claim more than that they hold: hidde
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +22,9 @@ from .trial import Local, Part, Trial
 
 RECORD = Path("hints.jsonl")  # beside the notebook: one line for each hint given
 REMAIN = "Hidden checks remain: grading tries other inputs and further properties."
+BY_HAND = "read by a person; compare with what the task asks for."
+EMPTY = "`student` is empty: enter your id there, and run its cell and the cells of this question again"
+BLANK = re.compile(r"`\w+` is not defined|raised NotImplementedError( \(line \d+(: raise NotImplementedError.*)?\))?")  # as nbgrader leaves a cell
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,32 @@ def questions(module: ModuleType) -> dict[str, Question]:
     return {q.key: q for q in vars(module).values() if isinstance(q, Question)}
 
 
-def find(key: str) -> Question:
-    """A question by its key; ValueError that lists the chapter's questions where there is none."""
+def chapter_of(key: str) -> ModuleType:
+    """The module of a question's chapter; ValueError where there is none."""
     chapter = str(key).partition(".")[0]
     name = f"{__package__}.chapter{chapter.zfill(2)}"
     try:
-        known = questions(import_module(name))
+        return import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
         raise ValueError(f"no exercises for chapter {chapter!r}") from None
+
+
+def find(key: str) -> Question:
+    """A question by its key; ValueError that lists the chapter's questions where there is none."""
+    known = questions(chapter_of(key))
     if key not in known:
-        raise ValueError(f"no question {key!r}; chapter {chapter} has {', '.join(known)}")
+        raise ValueError(f"no question {key!r}; chapter {key.partition('.')[0]} has {', '.join(known)}")
     return known[key]
+
+
+def by_hand(key: str) -> bool:
+    """Whether a question is answered in words; if so, that is said."""
+    found = key in chapter_of(key).BY_HAND
+    if found:
+        print(f"{key}: {BY_HAND}")
+    return found
 
 
 class CheckFailed(Exception):
@@ -67,23 +85,30 @@ class CheckFailed(Exception):
 
 def check(key: str, namespace: dict[str, Any] | None = None) -> None:
     """Try a question's visible checks on what the notebook defines; CheckFailed with what was tried, came out and was expected."""
-    asked = find(key)
-    trial = Trial(key, Local(_callers() if namespace is None else namespace), seed=0)
-    trial.student = str(trial.answers.namespace.get("student", ""))
+    namespace = _callers() if namespace is None else namespace
+    if by_hand(key):
+        return
+    asked, trial = find(key), Trial(key, Local(namespace), seed=0)
+    trial.student = str(namespace.get("student", ""))
     asked.run(trial)
     lost = [part for part in trial.parts if not part.ok]
+    if blank := next((part.reason for part in lost if BLANK.fullmatch(part.reason)), ""):
+        raise CheckFailed(f"{key}: not answered yet ({blank}).")
     if lost:
-        raise CheckFailed("\n".join([f"{key}: of {len(trial.parts)} visible checks {len(lost)} failed.", *map(_words, lost), *_help(asked), REMAIN]))
-    figures = "".join(f" Measured: {name} {value:,.0f}." for name, value in trial.figures.items())
+        says = f"{key}: of {len(trial.parts)} visible checks {len(lost)} failed."
+        raise CheckFailed("\n".join([says, *map(_words, lost), f'  hint("{key}") gives a hint.', REMAIN]))
+    figures = "".join(f" Measured: {name} {_figure(value)}." for name, value in trial.figures.items())
     print(f"{key}: the visible checks hold ({len(trial.parts)} of {len(trial.parts)}).{figures} {REMAIN}")
 
 
 def hint(key: str) -> None:
     """Show the question's next hint, each more telling than the last; the third stays. Which were shown is noted in ``hints.jsonl``."""
+    if by_hand(key):
+        return
     asked = find(key)
     number = min(_given(key) + 1, len(asked.hints))
     _note(key, number)
-    print(f"Hint {number} of {len(asked.hints)} for {key}: {asked.hints[number - 1]}")
+    print(_wrapped(f"Hint {number} of {len(asked.hints)} for {key}: {asked.hints[number - 1]}"))
 
 
 def _callers() -> dict[str, Any]:
@@ -93,16 +118,19 @@ def _callers() -> dict[str, Any]:
 
 def _words(part: Part) -> str:
     lines = {"tried": part.tried, "came out": part.got, "expected": part.want, "so": part.reason}
-    told = [f"    {label:<9} {text.replace(chr(10), chr(10) + ' ' * 14)}" for label, text in lines.items() if text]
-    return "\n".join([f"  {part.says}", *told])
+    told = [_wrapped(text, f"    {label:<9} ") for label, text in lines.items() if text]
+    return "\n".join([_wrapped(part.says, "  "), *told])
 
 
-def _help(asked: Question) -> list[str]:
-    """The hint that was shown last, or the first one, and how to get the next."""
-    number = _given(asked.key) or 1
-    _note(asked.key, number)
-    more = f' hint("{asked.key}") tells more.' if number < len(asked.hints) else ""
-    return [f"  Hint {number} of {len(asked.hints)}: {asked.hints[number - 1]}{more}"]
+def _wrapped(text: str, label: str = "") -> str:
+    """Text after its label in lines that break between words: a notebook breaks long ones anywhere."""
+    wrap = textwrap.TextWrapper(110 - len(label), break_long_words=False, break_on_hyphens=False)
+    lines = [short for line in text.splitlines() for short in wrap.wrap(line)]
+    return label + f"\n{' ' * len(label)}".join(lines)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value > 1 else f"{value:.2%}"
 
 
 def _given(key: str) -> int:

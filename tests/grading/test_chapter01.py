@@ -14,7 +14,7 @@ from tried import STUDENT, Graders, lost, run
 
 from cmlib.core.storage import FORMATS, encode, nbytes
 from cmlib.grade.chapter01 import PRICE, Machine, accuracy, example_network, fresh_network
-from cmlib.grade.checks import check, find
+from cmlib.grade.checks import CheckFailed, check, find
 from cmlib.grade.judge import judge
 from cmlib.grade.source import read
 from cmlib.grade.variants import variant
@@ -42,6 +42,32 @@ def test_the_visible_checks_hold_for_the_reference(capsys):
     for key in solutions.questions:
         check(key, MINE)
         assert capsys.readouterr().out.startswith(f"{key}: the visible checks hold")
+
+
+PITFALLS = {
+    "rounded_up": "a last step that would leave the image is not taken",
+    "groups_ignored": "groups change nothing here",
+    "equal_pays": "an equal size does not pay",
+    "one_after_the_other": "one call's runs come one after another",
+    "mean_in_the_middle": "this is the mean",
+    "equal_pairs_win": "equal pairs are no wins",
+    "equal_pairs_counted": "equal pairs are left out of n",
+    "a_neighbours": "these are not your numbers, for 'ada'",
+    "no_id": "these are not your numbers, for 'ada'",
+}
+
+
+@pytest.mark.parametrize("name", PITFALLS)
+def test_a_visible_check_meets_the_pitfall(name):
+    attempt = next(a for a in solutions.attempts if a.made.__name__ == name)
+    with pytest.raises(CheckFailed) as failed:
+        check(attempt.key, MINE | attempt.namespace(solutions.questions[attempt.key]))
+    assert PITFALLS[name] in str(failed.value)
+
+
+def test_an_empty_id_is_said():
+    with pytest.raises(CheckFailed, match="`student` is empty"):
+        check("1.2", MINE | {"student": "", "my_layer": solutions_chapter01.no_id(None)})
 
 
 def test_costs_are_the_kit_s():
