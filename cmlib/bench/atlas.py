@@ -131,7 +131,7 @@ def remark(key: str, found: pd.DataFrame) -> str:
         return "the control"
     goal, said = SHARE * dense_bytes(), []
     if found.bytes.mean() > 1.02 * goal:
-        said.append("has no fewer bytes")
+        said.append(f"takes {found.bytes.mean() / goal:.1f} times the bytes")
     if found.bytes.mean() < 0.9 * goal:
         said.append("comes no nearer from below")
     if (bits := found.inputs.min()) < 32:
