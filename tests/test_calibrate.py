@@ -137,8 +137,10 @@ def test_calibration_sets_that_say_nothing_are_refused(digits):
         calibrate.input_ranges(model, (images[:0], labels[:0]))
     with pytest.raises(ValueError, match="fc1 meets nothing but 0 on the calibration images"):
         calibrate.input_ranges(model, (images[:50] * 0, labels[:50]))
-    with pytest.raises(ValueError, match="no range can be read off for fc1: it meets values that are not finite"):
+    with pytest.raises(ValueError, match="the images hold numbers that are NaN or infinite"):
         calibrate.input_ranges(model, (torch.full((5, 1, 8, 8), torch.inf), labels[:5]))
+    with pytest.raises(ValueError, match="no range can be read off for fc2: it meets values that are not finite"):
+        calibrate.input_ranges(model, (torch.full((5, 1, 8, 8), torch.finfo().max), labels[:5]))
     with pytest.raises(ValueError, match="samples=0"):
         calibrate.input_ranges(model, digits, samples=0)
     with pytest.raises(ValueError, match=r"how='entropi' is not known \(did you mean 'entropy'\?\); the rules are minmax"):

@@ -734,7 +734,7 @@ def test_svd_3_noise_at_the_pre_activations_has_the_weights_mean_and_variance(la
     assert ((out.mean(0) - mean).abs() < 4.5 * (var / many).sqrt()).all()
     assert (out.var(0) / var - 1).abs().max() < 0.04
     drawn = [theta + sigma2.sqrt() * torch.randn_like(theta) for _ in range(3000)]
-    alpha = methods._log_alpha(theta, sigma2.log()).exp()
+    alpha = methods.log_alpha(theta, sigma2.log()).exp()
     spread = [theta * (1 + alpha.sqrt() * torch.randn_like(theta)) for _ in range(3000)]
     for weights in (drawn, spread):
         outs = torch.stack([apply_weight(layer, x, w)[0] for w in weights])
@@ -762,7 +762,7 @@ def variational(x, y, steps=1000, **knobs):
     copy = compress(line(optimum(x, y)), "sparse_variational_dropout", log_sigma2=-6.0, **knobs)
     fit(copy, (x, y), epochs=steps, batch=len(x), lr=0.05, optimizer=torch.optim.Adam, loss=gaussian_nll, keep_best=False)
     a = copy[0].parametrizations.weight[0]
-    return copy, methods._log_alpha(latent(copy[0]).detach(), a.log_sigma2.detach())
+    return copy, methods.log_alpha(latent(copy[0]).detach(), a.log_sigma2.detach())
 
 
 def test_svd_4_planted_irrelevant_inputs_become_noise():
