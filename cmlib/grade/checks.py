@@ -96,7 +96,7 @@ def check(key: str, namespace: dict[str, Any] | None = None) -> None:
         raise CheckFailed(f"{key}: not answered yet ({blank}).")
     if lost:
         says = f"{key}: of {len(trial.parts)} visible checks {len(lost)} failed."
-        raise CheckFailed("\n".join([says, *map(_words, lost), f'  hint("{key}") gives a hint.', REMAIN]))
+        raise CheckFailed("\n".join([says, *map(_words, lost), _wrapped(_hint(key, max(1, _given(key))), "  "), REMAIN]))
     figures = "".join(f" Measured: {name} {_figure(value)}." for name, value in trial.figures.items())
     print(f"{key}: the visible checks hold ({len(trial.parts)} of {len(trial.parts)}).{figures} {REMAIN}")
 
@@ -105,10 +105,14 @@ def hint(key: str) -> None:
     """Show the question's next hint, each more telling than the last; the third stays. Which were shown is noted in ``hints.jsonl``."""
     if by_hand(key):
         return
-    asked = find(key)
-    number = min(_given(key) + 1, len(asked.hints))
+    print(_wrapped(_hint(key, min(_given(key) + 1, len(find(key).hints)))))
+
+
+def _hint(key: str, number: int) -> str:
+    """The text of a hint, which is noted as given."""
+    hints = find(key).hints
     _note(key, number)
-    print(_wrapped(f"Hint {number} of {len(asked.hints)} for {key}: {asked.hints[number - 1]}"))
+    return f"Hint {number} of {len(hints)} for {key}: {hints[number - 1]}"
 
 
 def _callers() -> dict[str, Any]:
