@@ -548,7 +548,7 @@ def test_the_dense_file_is_that_of_the_dense_network(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "net", "data"), [("ista_channel_pruning", "resnet", "fashion_mnist"), ("perforated_cnn", "lenet5", "mnist"),
-                                                  ("vibnet", "lenet300", "mnist")])  # fmt: skip
+                                                  ("vibnet", "lenet5", "mnist"), ("random_pruning", "lenet300", "mnist")])  # fmt: skip
 def test_without_a_network_there_is_one_that_has_what_the_method_asks_for(key, net, data):
     panel = explore(key)
     assert (panel.source["net"], panel.source["data"]) == (net, data) and panel.pictures(panel.state).cards

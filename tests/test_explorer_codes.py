@@ -16,6 +16,7 @@ from cmlib.core.codes import Codes, grouped
 from cmlib.core.knobs import Bits, Per, WideBits
 from cmlib.core.method import quantizer
 from cmlib.core.rounding import Affine
+from cmlib.lab import runs
 from cmlib.lab.files import load, save
 from cmlib.lab.measure import threads_at
 from cmlib.lab.train import evaluate, fit
@@ -23,6 +24,7 @@ from cmlib.lab.zoo import load_net
 from cmlib.methods import catalog
 from cmlib.view import cards, explorer, walk, words
 from cmlib.view.explorer import explore
+from cmlib.view.walk import sizes_of
 
 HAN = "magnitude_pruning_han"
 QUANTIZERS = [k for k, m in catalog().items() if m.kind == "quantizer"]
@@ -409,12 +411,25 @@ def test_the_button_trains_a_quantizer(digits):
 
 
 def test_stored_runs_are_shown_as_stored():
-    runs = [{"knobs": {"bits": b}, "epochs": 5, "bytes": 1000 * b, "accuracy": 0.9 + b / 100} for b in (1, 2, 4)]
-    panel = panel_of(bits=4, stored=runs)
-    assert panel.spec["stored"] == runs
-    assert notes(panel)["Stored run."] == "Trained once for 5 epochs and kept: 94.00 %, 4.0 kB."
+    given = [{"knobs": {"bits": b}, "training": "5 epochs", "bytes": 1000 * b, "accuracy": 0.9 + b / 100} for b in (1, 2, 4)]
+    panel = panel_of(bits=4, stored=given)
+    beside = panel.rest_bytes + sizes_of(panel.net)["header"]  # what the file holds beside the weights
+    assert panel.spec["stored"] == [{**run, "bytes": run["bytes"] + beside} for run in given]
+    assert notes(panel)["Stored run at bits = 4."] == f"Trained once, 5 epochs, and kept: 94.00 %, {(4000 + beside) / 1000:.1f} kB."
     panel.move(bits=3)
-    assert "Stored run." not in notes(panel)
+    assert not any(title.startswith("Stored run") for title in notes(panel))
+
+
+def test_runs_that_the_kit_has_are_shown_without_being_asked_for():
+    """Those of the method on this very network, whole; a single one is told wherever the knobs are."""
+    asked = ("integer_only_quantization", "lenet5", "mnist")
+    panel = cmlib.explore(*asked)
+    kept, beside = runs.along(*asked), panel.rest_bytes + sizes_of(panel.net)["header"]
+    assert [run["bytes"] for run in panel.stored] == [run["bytes"] + beside for run in kept] and len(kept) > 3
+    assert not cmlib.explore(*asked, where="fc*").stored and not cmlib.explore(*asked, stored=[]).stored
+    learned = cmlib.explore("soft_filter_pruning")
+    assert learned.source["net"] == "lenet5" and len(learned.stored) == 1
+    assert any(title.startswith("Stored run at keep") for title in notes(learned))
 
 
 def test_a_state_says_in_one_line_what_it_is():

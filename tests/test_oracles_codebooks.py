@@ -19,11 +19,12 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from cmlib.core import clusters
-from cmlib.core.apply import Hook, attached, latent, plan_of
+from cmlib.core.apply import attached, latent, plan_of
 from cmlib.core.codes import Codes, Sum, nearest_level
 from cmlib.core.planner import gather
 from cmlib.core.rounding import affine
 from cmlib.core.sites import site_of
+from cmlib.core.training import Hook
 from cmlib.core.wrapped import entropy_coded
 from cmlib.lab.calibrate import fold_batch_norm
 from cmlib.lab.ranges import weight_affine

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmlib.core.apply import attached_hooks, latent, penalty, plan_of
+from cmlib.core.apply import latent, plan_of
 from cmlib.core.method import call
+from cmlib.core.training import attached_hooks, penalty
 from cmlib.lab.stages import turn
 from cmlib.lab.train import fit
 from cmlib.lab.verbs import compress

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmlib.core.apply import attach, attached_hooks, latent, plan_of
+from cmlib.core.apply import attach, latent, plan_of
 from cmlib.core.method import call
 from cmlib.core.packed import Masked
 from cmlib.core.sites import Site, attach_site
+from cmlib.core.training import attached_hooks
 from cmlib.core.wrapped import Sited
 from cmlib.lab.cost import multiply_adds
 from cmlib.lab.stages import turn

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from cmlib.core.apply import attached_hooks
 from cmlib.core.codes import GRIDS
 from cmlib.core.method import call
 from cmlib.core.rounding import Floating, round_float
+from cmlib.core.training import attached_hooks
 from cmlib.lab.verbs import compress
 from cmlib.methods import catalog
 from cmlib.methods import formats as methods

@@ -16,10 +16,11 @@ from sklearn.linear_model import Lasso
 from torch import nn
 from torch.nn.utils import prune as reference
 
-from cmlib.core.apply import Hook, apply_weight, attach, attached, latent, plan_of, weighted, with_plain_weights
+from cmlib.core.apply import apply_weight, attach, attached, latent, plan_of, weighted, with_plain_weights
 from cmlib.core.packed import Masked
 from cmlib.core.planner import gather
 from cmlib.core.select import select
+from cmlib.core.training import Hook
 from cmlib.lab.train import evaluate, fit, predict
 from cmlib.lab.verbs import compress, plan
 from cmlib.lab.zoo import build

@@ -17,12 +17,13 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 from torch import nn
 
-from cmlib.core.apply import Hook, latent, plan_of, weighted, with_plain_weights
+from cmlib.core.apply import latent, plan_of, weighted, with_plain_weights
 from cmlib.core.bake import bake
 from cmlib.core.evidence import quality
 from cmlib.core.planner import Planner, gather
 from cmlib.core.select import select
 from cmlib.core.spectral import Spectral, dct, dct_matrix, idct
+from cmlib.core.training import Hook
 from cmlib.lab.train import fit, predict
 from cmlib.lab.verbs import compress, plan
 from cmlib.lab.zoo import build, load_net

@@ -15,10 +15,11 @@ from scipy.integrate import quad
 from torch import nn
 
 from cmlib.core import bitwise
-from cmlib.core.apply import Hook, attach, attached, latent, plan_of, weighted
+from cmlib.core.apply import attach, attached, latent, plan_of, weighted
 from cmlib.core.codes import Codes
 from cmlib.core.method import call
 from cmlib.core.sites import site_of
+from cmlib.core.training import Hook
 from cmlib.core.wrapped import Sited
 from cmlib.lab.nets import BiReal, bireal, signed
 from cmlib.lab.train import evaluate, fit

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import nn
 
-from cmlib.core.apply import attached, latent, penalty, plan_of
+from cmlib.core.apply import attached, latent, plan_of
 from cmlib.core.method import call
+from cmlib.core.training import penalty
 from cmlib.lab.in_order import compress_in_order
 from cmlib.lab.nets import range_normed, swapped
 from cmlib.lab.train import evaluate, fit

@@ -21,10 +21,11 @@ from torch import nn
 from torch.nn.utils import prune as reference
 
 from cmlib.core import channel_evidence
-from cmlib.core.apply import Hook, attach, attached, attached_hooks, latent, penalty, plan_of, weighted, with_plain_weights
+from cmlib.core.apply import attach, attached, latent, plan_of, weighted, with_plain_weights
 from cmlib.core.bake import bake
 from cmlib.core.planner import gather
 from cmlib.core.select import select
+from cmlib.core.training import Hook, attached_hooks, penalty
 from cmlib.lab.cost import layer_costs
 from cmlib.lab.data import load_data
 from cmlib.lab.in_order import prune_in_order, rebuild_in_order

@@ -19,9 +19,10 @@ from sklearn.linear_model import OrthogonalMatchingPursuit
 from torch import nn
 
 from cmlib.core import perforate
-from cmlib.core.apply import Hook, attach_plan, attached, latent, plan_of, weighted, with_plain_weights
+from cmlib.core.apply import attach_plan, attached, latent, plan_of, weighted, with_plain_weights
 from cmlib.core.bake import bake
 from cmlib.core.planner import Planner, gather
+from cmlib.core.training import Hook
 from cmlib.core.wrapped import Perforated, entropy_coded
 from cmlib.lab.cost import layer_costs, multiply_adds
 from cmlib.lab.files import FileError, load, save

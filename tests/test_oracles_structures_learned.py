@@ -16,10 +16,11 @@ from sklearn.linear_model import Lasso
 from test_oracles_structures import SGD, constants, critical, descend, half_mse, labelled, learner, linreg, two_convolutions
 from torch import nn
 
-from cmlib.core.apply import attach, latent, penalty, plan_of, with_plain_weights
+from cmlib.core.apply import attach, latent, plan_of, with_plain_weights
 from cmlib.core.bake import bake
 from cmlib.core.packed import Masked
 from cmlib.core.select import select, to_units
+from cmlib.core.training import penalty
 from cmlib.lab.files import load, save
 from cmlib.lab.nets import Residual
 from cmlib.lab.train import ADAMW, evaluate, fit

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmlib.core.apply import Hook, attached
+from cmlib.core.apply import attached
 from cmlib.core.inputs import as_input
+from cmlib.core.training import Hook
 from cmlib.lab.train import evaluate, evaluating, fit, predict, shifted
 from cmlib.lab.verbs import compress
 from cmlib.lab.zoo import NetError, build, card, load_net

@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
     """The child's side: load, compress, train, report, save."""
     import torch
 
-    from ..core.apply import Hook
+    from ..core.training import Hook
     from .data import load_data
     from .files import save
     from .train import evaluate, fit

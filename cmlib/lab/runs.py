@@ -68,10 +68,21 @@ def of(recipes: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def along(method: str, network: str, data: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Runs along a slider, as ``explore(stored=...)`` takes them: knobs, epochs, bytes of the covered weights, accuracy on validation."""
-    found = table("by_bits")
-    found = found[(found.method == method) & (found.network == network) & (found.data == data) & (found.seed == seed)]
-    return [{"knobs": r.knobs, "epochs": r.epochs, "bytes": r.bytes, "accuracy": r.validation} for r in found.itertuples()]
+    """A method's short runs on a network, as ``explore(stored=...)`` takes them: knobs, training, bytes of the weights, accuracy on validation.
+
+    Those along a slider, and of the atlas the one at the better learning rate. Empty where there is none.
+    """
+    wanted = {"method": method, "data": data, "seed": seed}
+    atlas = sorted(_like("atlas", net=network, **wanted), key=lambda r: r["validation"])[-1:]
+    told = [(r, f"{r['epochs']} epoch{'s' * (r['epochs'] > 1)}") for r in _like("by_bits", network=network, **wanted)]
+    told += [(r, f"{r['rounds']} rounds of {r['images']:,} images") for r in atlas]
+    return [{"knobs": r["knobs"], "training": how, "bytes": r["bytes"], "accuracy": r["validation"]} for r, how in told]
+
+
+def _like(kind: str, **wanted: Any) -> list[dict[str, Any]]:
+    """Recipe and result of the runs of a kind whose recipes have what is wanted."""
+    found = [_read(p) for p in sorted(RUNS.glob(f"{kind}-*.json"))]
+    return [r["recipe"] | r["result"] for r in found if wanted.items() <= r["recipe"].items()]
 
 
 def _path(recipe: dict[str, Any]) -> Path:

@@ -1,7 +1,7 @@
 """Training and evaluating: one loop for everything that the kit trains.
 
 ``fit`` knows no method. What a method wants of training (a penalty, a projection after the step, noise) reaches it as the
-``penalty`` and ``hooks`` that ``cmlib.core.apply`` reads off the layers it has attached something to.
+``penalty`` and ``hooks`` that ``cmlib.core.training`` reads off the layers it has attached something to.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.apply import Hook, attached_hooks, penalty
 from ..core.inputs import Pair, as_input, device_of, pair_of, sample
 from ..core.method import Method
 from ..core.planner import gather
 from ..core.schedule import Schedule
+from ..core.training import Hook, attached_hooks, penalty
 from .data import Data
 from .verbs import compress
 

@@ -12,10 +12,11 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Hook, latent
+from ..core.apply import latent
 from ..core.knobs import Keep, Span, Steps, Switch
 from ..core.method import score
 from ..core.select import removed
+from ..core.training import Hook
 
 Bandwidth, Jitter = Annotated[float, Span(0.001, 100, log=True)], Annotated[float, Span(0, 0.1)]
 A_DRAW = {"permutation": "a draw does not follow the filters", "nested": "a draw of fewer is another draw, not a part of it"}

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.apply import Hook, latent
+from ..core.apply import latent
 from ..core.knobs import Keep, Penalty, Pick, Span, Steps
 from ..core.method import Training, score
 from ..core.packed import Masked, State
 from ..core.select import select
 from ..core.splitting import pull, split
+from ..core.training import Hook
 
 Norm = Annotated[int, Span(1, 2, integer=True)]
 Switch = Annotated[str, Pick("on", "off")]

@@ -12,12 +12,13 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ..core.apply import Hook, weighted, with_plain_weights
+from ..core.apply import weighted, with_plain_weights
 from ..core.channels import all_groups, example_of, groups
 from ..core.evidence import acts_in, macs
 from ..core.knobs import Penalty, Pick, Span
 from ..core.method import Training, score
 from ..core.packed import Masked, State
+from ..core.training import Hook
 from .prune import soft_threshold
 from .structures import _each, network_slimming, scales
 

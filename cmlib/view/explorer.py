@@ -31,6 +31,7 @@ from ..lab.child import Child
 from ..lab.data import Data, load_data
 from ..lab.files import load
 from ..lab.measure import threads_at
+from ..lab.runs import along
 from ..lab.zoo import RECIPES, SEEDS, load_net
 from ..methods import find
 from . import words
@@ -68,15 +69,18 @@ def explore(method: Method | str | Callable, net: nn.Module | str | None = None,
     """A panel in which ``method`` (a key of the catalogue, a method, or any function with annotated knobs) acts on a trained network.
 
     A function gives scores, or where it is annotated to return ``Codes``, those. ``net`` and ``data`` are names of the kit's, or a module and a pair
-    (images, labels) or data set of your own; without them LeNet-300-100 on MNIST, or another that has what the method asks for. ``where`` names the
-    covered layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells the accuracy there. ``published`` are
-    points {label, bytes, accuracy} beside the path; ``stored`` are runs trained once, {knobs, epochs, bytes, accuracy}, shown as such. Other keywords
-    are starting values of knobs.
+    (images, labels) or data set of your own; without them LeNet-300-100 on MNIST, LeNet-5 for a mask that is learned, or another that has what the
+    method asks for. ``where`` names the covered layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells
+    the accuracy there. ``published`` are points {label, bytes, accuracy} beside the path; ``stored`` are runs trained once, {knobs, training (in
+    words), bytes (of the weights), accuracy}, shown as such: those that the kit has of the method on its own network, unless others are given. Other
+    keywords are starting values of knobs.
     """
     if callable(method) and not isinstance(method, Method):
         kind = quantizer if inspect.signature(method).return_annotation in (Codes, Codes.__name__) else score
         method = kind(OWN, chapter="-")(method)
-    stage = next((STAGES[asked] for asked in find(method).asks if asked in STAGES), ("lenet300", "mnist"))
+    method = find(method)
+    learned = ("lenet5" if method.kind == "score" and method.learns else "lenet300", "mnist")
+    stage = next((STAGES[asked] for asked in method.asks if asked in STAGES), learned)
     data = data if data is not None else stage[1] if net is None else "mnist"
     net = stage[0] if net is None else net
     if isinstance(net, str) and not isinstance(data, (str, Data)):
@@ -84,7 +88,7 @@ def explore(method: Method | str | Callable, net: nn.Module | str | None = None,
     data = load_data(data) if isinstance(data, str) else data
     if isinstance(net, str):
         net = load_net(net, data.name)
-    return Explorer(net, find(method), data, **settings)
+    return Explorer(net, method, data, **settings)
 
 
 class Explorer(Walk, anywidget.AnyWidget):
@@ -102,9 +106,9 @@ class Explorer(Walk, anywidget.AnyWidget):
     _guess: asyncio.Task | None = None
 
     def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None,
-                 predict: dict[str, Any] | None = None, published: Sequence[dict[str, Any]] = (), stored: Sequence[dict[str, Any]] = (),
+                 predict: dict[str, Any] | None = None, published: Sequence[dict[str, Any]] = (), stored: Sequence[dict[str, Any]] | None = None,
                  part: str = "validation", title: str | None = None, **knobs: Any) -> None:  # fmt: skip
-        self.predict, self.published, self.stored = predict, list(published), list(stored)
+        self.predict, self.published, self._stored = predict, list(published), stored
         method.bind(predict or {})
         self.pins: list[State] = []
         self.guesses: list[dict[str, Any]] = []
@@ -113,6 +117,14 @@ class Explorer(Walk, anywidget.AnyWidget):
         Walk.__init__(self, net, method, data, where=where, layer=layer, part=part, title=title, **knobs)
         anywidget.AnyWidget.__init__(self, spec=self._spec())
         self.on_msg(self._receive)
+
+    def _take(self, net: nn.Module) -> None:
+        super()._take(net)
+        kept = self._stored
+        if kept is None:
+            kept = along(self.method.key, *self.source.values()) if self.retrainable and self.where == "*" else ()
+        beside = self.rest_bytes + self.header_bytes
+        self.stored = [{**run, "bytes": run["bytes"] + beside} for run in kept]
 
     def _spec(self) -> dict[str, Any]:
         source = self.source
@@ -133,8 +145,8 @@ class Explorer(Walk, anywidget.AnyWidget):
         return {"question": f"What accuracy will be left at {at}?", "at": self.predict}
 
     def notes(self, state: State) -> list[dict[str, str]]:
-        """What the figures mean, and what was stored of these knobs."""
-        here = [run for run in self.stored if run["knobs"].items() <= state.knobs.items()]
+        """What the figures mean, and what was stored of these knobs; where a single run was stored, that one."""
+        here = [run for run in self.stored if len(self.stored) == 1 or run["knobs"].items() <= state.knobs.items()]
         return [*map(words.stored_note, here), *super().notes(state)]
 
     # the conversation with the browser --------------------------------------------------------------------------

@@ -695,8 +695,8 @@ function makeTwin() {
   }
   return { node, update };
 }
-const stateText = ({ knobs, epochs }) => [...Object.entries(knobs ?? {}).map(([name, value]) => `${name} ${value}`),
-  ...(epochs ? [`retrained, ${epochs} epoch${epochs > 1 ? "s" : ""}`] : [])].join(", ");
+const stateText = ({ knobs, epochs, training }) => [...Object.entries(knobs ?? {}).map(([name, value]) => `${name} ${value}`),
+  ...(epochs ? [`retrained, ${epochs} epoch${epochs > 1 ? "s" : ""}`] : training ? [`trained, ${training}`] : [])].join(", ");
 
 // ------------------------------------------------------------------ take away
 

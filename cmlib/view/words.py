@@ -272,7 +272,9 @@ def epochs(count: int) -> str:
 
 def stored_note(run: dict[str, Any]) -> dict[str, str]:
     """A run that was trained once and kept."""
-    return note("info", "Stored run.", f"Trained once for {epochs(run['epochs'])} and kept: {pct(run['accuracy'])}, {size_text(run['bytes'])}.")
+    at = ", ".join(f"{name} = {value:.3g}" if isinstance(value, float) else f"{name} = {value}" for name, value in run["knobs"].items())
+    text = f"Trained once, {run['training']}, and kept: {pct(run['accuracy'])}, {size_text(run['bytes'])}."
+    return note("info", f"Stored run at {at}." if at else "Stored run.", text)
 
 
 def note(tone: str, title: str, text: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from .conftest import Panel, kernel, notebook
 from .test_panel import OUTSIDE
 
 START = "import torch\ntorch.set_num_threads(1)\nfrom cmlib import *"
-RUN = '{"knobs": {"bits": 2}, "epochs": 3, "bytes": 70_000, "accuracy": 0.97}'
+RUN = '{"knobs": {"bits": 2}, "training": "3 epochs", "bytes": 70_000, "accuracy": 0.97}'
 SHOWN = f'panel = explore("dorefa_net", net="lenet300", data="mnist", bits=6, a_bits=8, stored=[{RUN}])\npanel'
 DRAWN = """(panel) => [...panel.querySelectorAll('.pnl-histogram path')].map(path => path.getAttribute('d') ?? '').join('|')"""
 
@@ -75,10 +75,10 @@ def test_rounded_inputs_count(page, panel):
 
 def test_a_stored_run_is_marked_as_stored(panel):
     panel.type("exact-bits", "2")
-    assert "Stored run. Trained once for 3 epochs and kept: 97.00 %, 70 kB." in panel.part("notes").inner_text()
+    assert "Stored run at bits = 2. Trained once, 3 epochs, and kept: 97.00 %, 73 kB." in panel.part("notes").inner_text()
     assert "stored runs" in panel.part("plot").text_content()
     panel.type("exact-bits", "3")
-    assert "Stored run." not in panel.part("notes").inner_text()
+    assert "Stored run at bits = 2." in panel.part("notes").inner_text()  # the only one is told wherever the hand is
 
 
 @pytest.mark.parametrize("width", [480, 700, 1800])
