@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..lab.runs import machine
-from . import atlas, curves, deep, integers, quantized, readme, scoring, structures, tables, twice
+from . import atlas, curves, deep, integers, learned, quantized, readme, scoring, structures, tables, twice
 
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
     "import": tables.importing, "exact": tables.exact, "slider": tables.slider, "han": tables.han, "zoo": tables.zoo, "sparse": tables.sparse,
     "structures": structures.structures, "twice": twice.twice, "sparsest": structures.sparsest, "curves": curves.curves, "scoring": scoring.scoring,
-    "atlas": atlas.atlas, "quantized": quantized.quantized, "by_bits": quantized.by_bits, "deep": deep.deep,
+    "learned": learned.learned, "atlas": atlas.atlas, "quantized": quantized.quantized, "by_bits": quantized.by_bits, "deep": deep.deep,
     "int8": integers.int8, "xnor": integers.xnor, "kmeans": quantized.kmeans, "bits": tables.bits,
     "notebooks": tables.notebooks,
 }  # fmt: skip

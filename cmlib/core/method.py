@@ -89,6 +89,12 @@ class Method:
     def __repr__(self) -> str:
         return f"<{self.kind} {self.key}: {self.paper}>"
 
+    def __str__(self) -> str:
+        """What ``print`` shows: the docstring, what the method asks for, and every knob with its default and what is allowed."""
+        asks = ", ".join(name for name in self.asks if name not in ("w", "training")) or "the weight alone"
+        knobs = [f"  {k.name} = {k.default!r}: {k.span}" for k in self.knobs.values()]
+        return "\n".join([f"{self.key} ({self.kind}). {self.__doc__}", "", self.paper, f"Asks for: {asks}.", *(["Knobs:"] if knobs else []), *knobs])
+
     def __post_init__(self) -> None:  # help(method) is the function's help
         object.__setattr__(self, "__doc__", inspect.getdoc(self.fn) or "")
 

@@ -70,12 +70,13 @@ def of(recipes: list[dict[str, Any]]) -> pd.DataFrame:
 def along(method: str, network: str, data: str, seed: int = 0) -> list[dict[str, Any]]:
     """A method's short runs on a network, as ``explore(stored=...)`` takes them: knobs, training, bytes of the weights, accuracy on validation.
 
-    Those along a slider, and of the atlas the one at the better learning rate. Empty where there is none.
+    Those along a slider or as the panel trains; else that of the atlas, at its better learning rate. Empty where there is none.
     """
     wanted = {"method": method, "data": data, "seed": seed}
+    panel = [r for kind in ("by_bits", "learned") for r in _like(kind, network=network, **wanted)]
     atlas = sorted(_like("atlas", net=network, **wanted), key=lambda r: r["validation"])[-1:]
-    told = [(r, f"{r['epochs']} epoch{'s' * (r['epochs'] > 1)}") for r in _like("by_bits", network=network, **wanted)]
-    told += [(r, f"{r['rounds']} rounds of {r['images']:,} images") for r in atlas]
+    told = [(r, f"{r['epochs']} epoch{'s' * (r['epochs'] > 1)}") for r in panel]
+    told = told or [(r, f"{r['rounds']} rounds of {r['images']:,} images") for r in atlas]
     return [{"knobs": r["knobs"], "training": how, "bytes": r["bytes"], "accuracy": r["validation"]} for r, how in told]
 
 
