@@ -186,11 +186,7 @@ def size_knob(method: Method) -> str:
 
 def learns_size(method: Method) -> bool:
     """Whether its size shows only once it has learned."""
-    return learns_masks(method) and size_knob(method) not in ("keep", "budget")
-
-
-def learns_masks(method: Method) -> bool:
-    return method.kind == "score" and method.learns
+    return method.learns_masks and size_knob(method) not in ("keep", "budget")
 
 
 def _size(how: dict[str, Any]) -> dict[str, Any]:
@@ -267,7 +263,7 @@ def _run(how: dict[str, Any]) -> dict[str, Any]:
     before, training = evaluate(model, data), _round(how["rate"])
     if staged:
         model = prune({**how["knobs"], staged: 0.5})
-    if method and learns_masks(method):
+    if method and method.learns_masks:
         model = learned(model, data, seed=seed, **training)
     else:
         fit(model, data, seed=seed, **training)

@@ -98,10 +98,10 @@ class Attached(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         packed = self.packed(w, self.training)
         if self.method is not None and self.training:
-            self._remember(packed.state)
+            self.remember(packed.state)
         return laid_like(packed.through(packed.values), w)
 
-    def _remember(self, state: State) -> None:
+    def remember(self, state: State) -> None:
         held = {**self._parameters, **self._buffers}
         for name, value in state.items():
             if isinstance(value, Tensor) and name in held and value is not held[name]:

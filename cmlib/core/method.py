@@ -90,10 +90,9 @@ class Method:
         return f"<{self.kind} {self.key}: {self.paper}>"
 
     def __str__(self) -> str:
-        """What ``print`` shows: the docstring, what the method asks for, and every knob with its default and what is allowed."""
-        asks = ", ".join(name for name in self.asks if name not in ("w", "training")) or "the weight alone"
+        """What ``print`` shows: the docstring, and every knob with its default and what is allowed."""
         knobs = [f"  {k.name} = {k.default!r}: {k.span}" for k in self.knobs.values()]
-        return "\n".join([f"{self.key} ({self.kind}). {self.__doc__}", "", self.paper, f"Asks for: {asks}.", *(["Knobs:"] if knobs else []), *knobs])
+        return "\n".join([f"{self.key} ({self.kind}). {self.__doc__}", "", self.paper, *(["Knobs:"] if knobs else []), *knobs])
 
     def __post_init__(self) -> None:  # help(method) is the function's help
         object.__setattr__(self, "__doc__", inspect.getdoc(self.fn) or "")
@@ -128,6 +127,11 @@ class Method:
     def learns(self) -> bool:
         """Whether it is asked again on every training forward: with its state, or as a quantizer with the latent weight."""
         return self.kind == "quantizer" or "state" in inspect.signature(self.fn).parameters
+
+    @property
+    def learns_masks(self) -> bool:
+        """Whether training decides which weights go."""
+        return self.kind == "score" and self.learns
 
     @cached_property
     def follows(self) -> bool:

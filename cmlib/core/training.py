@@ -62,7 +62,7 @@ def attached_hooks(model: nn.Module, epoch: int = 1, gathered: Callable[[dict[st
                 for n, w in weights.items():
                     w.copy_(new[n].values if isinstance(new[n], Masked) else new[n])
                     if isinstance(new[n], Masked):
-                        found[n][1]._remember({"mask": new[n].mask, **new[n].state})
+                        found[n][1].remember({"mask": new[n].mask, **new[n].state})
 
     return [Hook(gradients=rewrite, after=project)] if alike or rewritten else []
 

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from .data import DATASETS
-from .zoo import write
+from .zoo import card, write
 
 RUNS = DATASETS / "runs"
 
@@ -67,22 +67,25 @@ def of(recipes: list[dict[str, Any]]) -> pd.DataFrame:
     return _lines([_read(_path(recipe)) for recipe in recipes])
 
 
-def along(method: str, network: str, data: str, seed: int = 0) -> list[dict[str, Any]]:
-    """A method's short runs on a network, as ``explore(stored=...)`` takes them: knobs, training, bytes of the weights, accuracy on validation.
+def along(method: str, net: str, data: str, seed: int = 0) -> list[dict[str, Any]]:
+    """A method's short runs on a network of the kit: knobs, training (in words), bytes of the covered weights, accuracy on validation; by bytes.
 
-    Those along a slider or as the panel trains; else that of the atlas, at its better learning rate. Empty where there is none.
+    Those along a slider or as the panel trains; else that of the atlas, unless it shared ``keep`` out among the layers. Empty where there is none.
     """
-    wanted = {"method": method, "data": data, "seed": seed}
-    panel = [r for kind in ("by_bits", "learned") for r in _like(kind, network=network, **wanted)]
-    atlas = sorted(_like("atlas", net=network, **wanted), key=lambda r: r["validation"])[-1:]
-    told = [(r, f"{r['epochs']} epoch{'s' * (r['epochs'] > 1)}") for r in panel]
-    told = told or [(r, f"{r['rounds']} rounds of {r['images']:,} images") for r in atlas]
-    return [{"knobs": r["knobs"], "training": how, "bytes": r["bytes"], "accuracy": r["validation"]} for r, how in told]
+    wanted = {"method": method, "data": data, "seed": seed, "checkpoint": card(net, data, seed)["sha256"][:12]}
+    found = [r for kind in ("by_bits", "learned") for r in _like(kind, network=net, **wanted)]
+    told = [(r, f"{r['epochs']} epoch{'s' * (r['epochs'] > 1)}") for r in found]
+    if not told:
+        best = sorted((r for r in _like("atlas", net=net, **wanted) if "keep" not in r["knobs"]), key=lambda r: r["validation"])[-1:]
+        told = [(r, f"{r['rounds']} rounds of {r['images']:,} images at the better of the rates tried") for r in best]
+    lines = [{"knobs": r["knobs"], "training": how, "bytes": r["bytes"], "accuracy": r["validation"]} for r, how in told]
+    return sorted(lines, key=lambda line: line["bytes"])
 
 
 def _like(kind: str, **wanted: Any) -> list[dict[str, Any]]:
-    """Recipe and result of the runs of a kind whose recipes have what is wanted."""
-    found = [_read(p) for p in sorted(RUNS.glob(f"{kind}-*.json"))]
+    """Recipe and result of the runs of a kind whose recipes have what is wanted; only files that name its method are read whole."""
+    named = [p for p in sorted(RUNS.glob(f"{kind}-*.json")) if f'"{wanted["method"]}"' in p.read_text()]
+    found = [_read(p) for p in named]
     return [r["recipe"] | r["result"] for r in found if wanted.items() <= r["recipe"].items()]
 
 

@@ -39,6 +39,7 @@ from .walk import OWN, Walk
 from .words import State
 
 HERE = Path(__file__).parent
+RUN = {"knobs", "training", "bytes", "accuracy"}  # what a stored run says
 EPOCHS = (1, 3, 10, 30)  # of retraining, to choose from
 REST = 0.35  # seconds without a move after which the hand rests
 Work = Callable[..., Coroutine]
@@ -72,15 +73,15 @@ def explore(method: Method | str | Callable, net: nn.Module | str | None = None,
     (images, labels) or data set of your own; without them LeNet-300-100 on MNIST, LeNet-5 for a mask that is learned, or another that has what the
     method asks for. ``where`` names the covered layers, ``layer`` the pictured one, ``predict`` (a dict of knobs) asks for a guess before it tells
     the accuracy there. ``published`` are points {label, bytes, accuracy} beside the path; ``stored`` are runs trained once, {knobs, training (in
-    words), bytes (of the weights), accuracy}, shown as such: those that the kit has of the method on its own network, unless others are given. Other
-    keywords are starting values of knobs.
+    words), bytes, accuracy}, shown as such: those that the kit has of the method on its own network and data, unless others are given. Bytes are of
+    the file. Other keywords are starting values of knobs.
     """
     if callable(method) and not isinstance(method, Method):
         kind = quantizer if inspect.signature(method).return_annotation in (Codes, Codes.__name__) else score
         method = kind(OWN, chapter="-")(method)
     method = find(method)
-    learned = ("lenet5" if method.kind == "score" and method.learns else "lenet300", "mnist")
-    stage = next((STAGES[asked] for asked in method.asks if asked in STAGES), learned)
+    usual = ("lenet5" if method.learns_masks else "lenet300", "mnist")
+    stage = next((STAGES[asked] for asked in method.asks if asked in STAGES), usual)
     data = data if data is not None else stage[1] if net is None else "mnist"
     net = stage[0] if net is None else net
     if isinstance(net, str) and not isinstance(data, (str, Data)):
@@ -108,7 +109,9 @@ class Explorer(Walk, anywidget.AnyWidget):
     def __init__(self, net: nn.Module, method: Method, data: Any, *, where: str = "*", layer: str | None = None,
                  predict: dict[str, Any] | None = None, published: Sequence[dict[str, Any]] = (), stored: Sequence[dict[str, Any]] | None = None,
                  part: str = "validation", title: str | None = None, **knobs: Any) -> None:  # fmt: skip
-        self.predict, self.published, self._stored = predict, list(published), stored
+        self.predict, self.published, self._given = predict, list(published), None if stored is None else list(stored)
+        if wrong := [run for run in self._given or () if not run.keys() >= RUN]:
+            raise ValueError(f"a stored run has {', '.join(sorted(RUN))}; got one with {', '.join(wrong[0])}")
         method.bind(predict or {})
         self.pins: list[State] = []
         self.guesses: list[dict[str, Any]] = []
@@ -119,12 +122,12 @@ class Explorer(Walk, anywidget.AnyWidget):
         self.on_msg(self._receive)
 
     def _take(self, net: nn.Module) -> None:
+        """Make ``net`` the network that the panel acts on, beside the runs that are stored of it."""
         super()._take(net)
-        kept = self._stored
-        if kept is None:
-            kept = along(self.method.key, *self.source.values()) if self.retrainable and self.where == "*" else ()
+        alike = self.retrainable and self.where == "*" and self.part == "validation" and self.data is load_data(self.data.name)
+        kept = along(self.method.key, **self.source) if alike and self._given is None else ()
         beside = self.rest_bytes + self.header_bytes
-        self.stored = [{**run, "bytes": run["bytes"] + beside} for run in kept]
+        self.stored = self._given or [{**run, "bytes": run["bytes"] + beside} for run in kept]
 
     def _spec(self) -> dict[str, Any]:
         source = self.source
@@ -145,8 +148,9 @@ class Explorer(Walk, anywidget.AnyWidget):
         return {"question": f"What accuracy will be left at {at}?", "at": self.predict}
 
     def notes(self, state: State) -> list[dict[str, str]]:
-        """What the figures mean, and what was stored of these knobs; where a single run was stored, that one."""
-        here = [run for run in self.stored if len(self.stored) == 1 or run["knobs"].items() <= state.knobs.items()]
+        """What the figures mean, and what was stored of these knobs; a single run is told at any; none before a guess is made."""
+        asked = self.predict and not self.guesses
+        here = [run for run in self.stored if not asked and (len(self.stored) == 1 or run["knobs"].items() <= state.knobs.items())]
         return [*map(words.stored_note, here), *super().notes(state)]
 
     # the conversation with the browser --------------------------------------------------------------------------

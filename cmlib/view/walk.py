@@ -247,7 +247,7 @@ class Walk:
     def subtitle(self) -> str:
         net = NETS[self.source["net"]] if self.source else f"{type(self.net).__name__} of your own"
         data = SETS.get(self.data.name, self.data.name) if isinstance(self.data, Data) else "data of your own"
-        return f"{net} on {data} · {len(self.live.labels):,} {self.part} images · nothing here is replayed: the knobs act on the network"
+        return f"{net} on {data} · {len(self.live.labels):,} {self.part} images · the knobs act on the network"
 
     def model(self, state: State | None = None) -> nn.Module:
         """A copy of the network with the state's plan attached: what ``line`` would make."""
