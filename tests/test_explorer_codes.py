@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from cmlib.core.codes import Codes, grouped
 from cmlib.core.knobs import Bits, Per, WideBits
 from cmlib.core.method import quantizer
 from cmlib.core.rounding import Affine
-from cmlib.lab import runs
 from cmlib.lab.files import load, save
 from cmlib.lab.measure import threads_at
 from cmlib.lab.train import evaluate, fit
@@ -24,7 +24,6 @@ from cmlib.lab.zoo import load_net
 from cmlib.methods import catalog
 from cmlib.view import cards, explorer, walk, words
 from cmlib.view.explorer import explore
-from cmlib.view.walk import sizes_of
 
 HAN = "magnitude_pruning_han"
 QUANTIZERS = [k for k, m in catalog().items() if m.kind == "quantizer"]
@@ -410,26 +409,44 @@ def test_the_button_trains_a_quantizer(digits):
     assert evaluate(scope["model"], digits) == panel.state.accuracy
 
 
+def stored_notes(panel):
+    return {title: text for title, text in notes(panel).items() if title.startswith("Stored run")}
+
+
 def test_stored_runs_are_shown_as_stored():
     given = [{"knobs": {"bits": b}, "training": "5 epochs", "bytes": 1000 * b, "accuracy": 0.9 + b / 100} for b in (1, 2, 4)]
-    panel = panel_of(bits=4, stored=given)
-    beside = panel.rest_bytes + sizes_of(panel.net)["header"]  # what the file holds beside the weights
-    assert panel.spec["stored"] == [{**run, "bytes": run["bytes"] + beside} for run in given]
-    assert notes(panel)["Stored run at bits = 4."] == f"Trained once, 5 epochs, and kept: 94.00 %, {(4000 + beside) / 1000:.1f} kB."
+    panel = panel_of(bits=4, stored=iter(given))
+    assert panel.spec["stored"] == given
+    assert stored_notes(panel) == {"Stored run at bits = 4.": "Trained once, 5 epochs, and kept: 94.00 %, 4.0 kB."}
     panel.move(bits=3)
-    assert not any(title.startswith("Stored run") for title in notes(panel))
+    assert not stored_notes(panel)
+    with pytest.raises(ValueError, match=r"a stored run has accuracy, bytes, knobs, training; got one with knobs, epochs"):
+        panel_of(stored=[{"knobs": {}, "epochs": 1}])
 
 
-def test_runs_that_the_kit_has_are_shown_without_being_asked_for():
-    """Those of the method on this very network, whole; a single one is told wherever the knobs are."""
-    asked = ("integer_only_quantization", "lenet5", "mnist")
-    panel = cmlib.explore(*asked)
-    kept, beside = runs.along(*asked), panel.rest_bytes + sizes_of(panel.net)["header"]
-    assert [run["bytes"] for run in panel.stored] == [run["bytes"] + beside for run in kept] and len(kept) > 3
-    assert not cmlib.explore(*asked, where="fc*").stored and not cmlib.explore(*asked, stored=[]).stored
-    learned = cmlib.explore("soft_filter_pruning")
-    assert learned.source["net"] == "lenet5" and len(learned.stored) == 1
-    assert any(title.startswith("Stored run at keep") for title in notes(learned))
+def test_runs_that_the_kit_has_stand_where_the_file_of_their_knobs_would():
+    panel = cmlib.explore("integer_only_quantization", net="lenet5", data="mnist", a_bits=32)
+    assert len(panel.stored) > 3
+    for run in panel.stored:
+        assert run["bytes"] == pytest.approx(panel.move(**run["knobs"]).file_bytes, abs=1_500)  # the header's length
+        assert list(stored_notes(panel)) == [f"Stored run at {', '.join(f'{k} = {v}' for k, v in run['knobs'].items())}."]
+
+
+@pytest.mark.parametrize("change", [{}, {"where": "fc*"}, {"part": "test"}, {"stored": []}, "other images"], ids=str)
+def test_runs_are_shown_where_they_are_of_this_network_and_these_images(change):
+    mnist, shown = cmlib.load_data("mnist"), not change
+    if change == "other images":
+        change = {"data": replace(mnist, validation=tuple(t[:500] for t in mnist.validation))}
+    panel = cmlib.explore(**{"method": "soft_filter_pruning", "net": "lenet5", "data": mnist, **change})
+    assert bool(panel.stored) == bool(panel.spec["stored"]) == bool(stored_notes(panel)) == shown
+
+
+def test_a_single_run_is_told_at_any_knobs_but_not_before_a_guess():
+    panel = cmlib.explore("soft_filter_pruning", predict={"keep": 0.7})
+    assert panel.source["net"] == "lenet5" and len(panel.stored) == 1 and not stored_notes(panel)
+    panel._receive(panel, {"type": "guess", "value": 0.9}, [])
+    panel.move(keep=0.5)
+    assert list(stored_notes(panel)) == ["Stored run at keep = 0.7."]
 
 
 def test_a_state_says_in_one_line_what_it_is():

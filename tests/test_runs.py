@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from cmlib.bench import quantized, structures
+from cmlib.bench import learned, quantized, structures
 from cmlib.lab import runs
-from cmlib.lab.zoo import SEEDS
+from cmlib.lab.zoo import SEEDS, card
+from cmlib.methods import catalog
 
 
 @pytest.fixture
@@ -75,6 +76,32 @@ def test_what_is_stored_of_chapter_04_is_what_its_recipes_ask_for():
     wanted = {runs._path(recipe).name for recipe in recipes}
     found = {p.name for kind in ("quantized", "by_bits") for p in runs.RUNS.glob(f"{kind}-*.json")}
     assert found <= wanted and len(found) > 50
+
+
+def test_what_is_stored_of_learned_masks_is_what_its_recipes_ask_for():
+    assert {p.name for p in runs.RUNS.glob("learned-*.json")} == {runs._path(learned.given(key)).name for key in learned.KNOBS}
+    assert set(learned.KNOBS) - {learned.DENSE} == {m.key for m in catalog().values() if m.learns_masks}
+
+
+def test_runs_of_a_method_are_those_of_its_network_as_it_is_now(folder):
+    """By bytes; of other seeds, networks and checkpoints none; the atlas' only where there are no others, and where its knobs are the method's."""
+    now = card("lenet5", "mnist")["sha256"][:12]
+    here = {"method": "vq_gong", "data": "mnist", "seed": 0, "checkpoint": now}
+    kept = {"kind": "by_bits", **here, "network": "lenet5", "epochs": 1}
+    atlas = {"kind": "atlas", **here, "net": "lenet5", "rounds": 2, "images": 3000}
+    for k, accuracy in ((2, 0.9), (3, 0.8)):
+        runs.stored({**atlas, "knobs": {"k": k}}, lambda k=k, accuracy=accuracy: {"bytes": k, "validation": accuracy})
+    runs.stored({**atlas, "knobs": {"keep": 0.5}}, lambda: {"bytes": 9, "validation": 0.99})
+    (found,) = runs.along("vq_gong", "lenet5", "mnist")
+    assert found == {"knobs": {"k": 2}, "training": "2 rounds of 3,000 images at the better of the rates tried", "bytes": 2, "accuracy": 0.9}
+    for k in (16, 4):
+        runs.stored({**kept, "knobs": {"k": k}}, lambda k=k: {"bytes": k, "validation": 0.5})
+    runs.stored({**kept, "checkpoint": "another", "knobs": {"k": 8}}, lambda: {"bytes": 8, "validation": 0.5})
+    runs.stored({**kept, "method": "vq_gong_2", "knobs": {"k": 8}}, lambda: {"bytes": 8, "validation": 0.5})
+    assert [run["knobs"]["k"] for run in runs.along("vq_gong", "lenet5", "mnist")] == [4, 16]
+    assert runs.along("vq_gong", "lenet5", "mnist")[0]["training"] == "1 epoch"
+    for method, net, seed in (("vq_gong", "lenet5", 1), ("vq_gong", "lenet300", 0), ("q_cnn", "lenet5", 0)):
+        assert runs.along(method, net, "mnist", seed) == []
 
 
 def test_a_run_under_another_name_is_refused(folder):
