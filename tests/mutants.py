@@ -130,6 +130,8 @@ def main(arguments: list[str]) -> int:
     from cmlib.methods import catalog
 
     wanted = asked.keys or list(catalog())
+    if unknown := [key for key in wanted if key not in catalog()]:
+        parser.error(f"no method {', '.join(unknown)}; catalog() lists them")
     mutations = [m for m in listed() if m.key in wanted]
     print("| method | planted fault | caught by | seconds |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

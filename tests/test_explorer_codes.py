@@ -417,7 +417,7 @@ def test_stored_runs_are_shown_as_stored():
     given = [{"knobs": {"bits": b}, "training": "5 epochs", "bytes": 1000 * b, "accuracy": 0.9 + b / 100} for b in (1, 2, 4)]
     panel = panel_of(bits=4, stored=iter(given))
     assert panel.spec["stored"] == given
-    assert stored_notes(panel) == {"Stored run at bits = 4.": "Trained once, 5 epochs, and kept: 94.00 %, 4.0 kB."}
+    assert stored_notes(panel) == {"Stored run at bits = 4.": "94.00 % of the validation images after 5 epochs, 4.0 kB."}
     panel.move(bits=3)
     assert not stored_notes(panel)
     with pytest.raises(ValueError, match=r"a stored run has accuracy, bytes, knobs, training; got one with knobs, epochs"):
@@ -446,7 +446,7 @@ def test_a_single_run_is_told_at_any_knobs_but_not_before_a_guess():
     assert panel.source["net"] == "lenet5" and len(panel.stored) == 1 and not stored_notes(panel)
     panel._receive(panel, {"type": "guess", "value": 0.9}, [])
     panel.move(keep=0.5)
-    assert list(stored_notes(panel)) == ["Stored run at keep = 0.7."]
+    assert list(stored_notes(panel)) == ["Stored run at keep = 0.7, not at these knobs."]
 
 
 def test_a_state_says_in_one_line_what_it_is():

@@ -81,6 +81,8 @@ def test_what_is_stored_of_chapter_04_is_what_its_recipes_ask_for():
 def test_what_is_stored_of_learned_masks_is_what_its_recipes_ask_for():
     assert {p.name for p in runs.RUNS.glob("learned-*.json")} == {runs._path(learned.given(key)).name for key in learned.KNOBS}
     assert set(learned.KNOBS) - {learned.DENSE} == {m.key for m in catalog().values() if m.learns_masks}
+    for r in runs.table("learned").itertuples():
+        assert r.validation > 0.8 and (r.left < 1) == (r.method != learned.DENSE), f"{r.method} shows nothing at these knobs"
 
 
 def test_runs_of_a_method_are_those_of_its_network_as_it_is_now(folder):
@@ -88,12 +90,12 @@ def test_runs_of_a_method_are_those_of_its_network_as_it_is_now(folder):
     now = card("lenet5", "mnist")["sha256"][:12]
     here = {"method": "vq_gong", "data": "mnist", "seed": 0, "checkpoint": now}
     kept = {"kind": "by_bits", **here, "network": "lenet5", "epochs": 1}
-    atlas = {"kind": "atlas", **here, "net": "lenet5", "rounds": 2, "images": 3000}
+    atlas = {"kind": "atlas", **here, "net": "lenet5", "rounds": 2, "images": 3000, "rate": 0.003}
     for k, accuracy in ((2, 0.9), (3, 0.8)):
         runs.stored({**atlas, "knobs": {"k": k}}, lambda k=k, accuracy=accuracy: {"bytes": k, "validation": accuracy})
     runs.stored({**atlas, "knobs": {"keep": 0.5}}, lambda: {"bytes": 9, "validation": 0.99})
     (found,) = runs.along("vq_gong", "lenet5", "mnist")
-    assert found == {"knobs": {"k": 2}, "training": "2 rounds of 3,000 images at the better of the rates tried", "bytes": 2, "accuracy": 0.9}
+    assert found == {"knobs": {"k": 2}, "training": "2 rounds of 3,000 images at learning rate 0.003", "bytes": 2, "accuracy": 0.9}
     for k in (16, 4):
         runs.stored({**kept, "knobs": {"k": k}}, lambda k=k: {"bytes": k, "validation": 0.5})
     runs.stored({**kept, "checkpoint": "another", "knobs": {"k": 8}}, lambda: {"bytes": 8, "validation": 0.5})

@@ -51,7 +51,7 @@ def structures() -> Iterator[str]:
         cells = [f"{100 * lines[k].mean():.2f} ± {100 * lines[k].std():.2f} %" for k in ("before", "validation", "test")]
         times = [_faster(name, batch) for batch in (64, 1)]
         yield line(name, f"{lines.multiply_adds.mean():.1%}", *cells[:2], f"{100 * (lines.validation.mean() - dense):+.2f}", cells[2], *times)
-    yield f"\n{trained(found)} Times are measured below."
+    yield f"\n{trained(found)} Times are of the machine named last."
 
 
 def trained(found: pd.DataFrame) -> str:

@@ -92,7 +92,8 @@ class Method:
     def __str__(self) -> str:
         """What ``print`` shows: the docstring, and every knob with its default and what is allowed."""
         knobs = [f"  {k.name} = {k.default!r}: {k.span}" for k in self.knobs.values()]
-        return "\n".join([f"{self.key} ({self.kind}). {self.__doc__}", "", self.paper, *(["Knobs:"] if knobs else []), *knobs])
+        learns = ["What goes is learned in training, by fit()."] if self.learns_masks else []
+        return "\n".join([f"{self.key} ({self.kind}). {self.__doc__}", "", self.paper, *learns, *(["Knobs:"] if knobs else []), *knobs])
 
     def __post_init__(self) -> None:  # help(method) is the function's help
         object.__setattr__(self, "__doc__", inspect.getdoc(self.fn) or "")

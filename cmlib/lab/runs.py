@@ -77,7 +77,7 @@ def along(method: str, net: str, data: str, seed: int = 0) -> list[dict[str, Any
     told = [(r, f"{r['epochs']} epoch{'s' * (r['epochs'] > 1)}") for r in found]
     if not told:
         best = sorted((r for r in _like("atlas", net=net, **wanted) if "keep" not in r["knobs"]), key=lambda r: r["validation"])[-1:]
-        told = [(r, f"{r['rounds']} rounds of {r['images']:,} images at the better of the rates tried") for r in best]
+        told = [(r, f"{r['rounds']} rounds of {r['images']:,} images at learning rate {r['rate']}") for r in best]
     lines = [{"knobs": r["knobs"], "training": how, "bytes": r["bytes"], "accuracy": r["validation"]} for r, how in told]
     return sorted(lines, key=lambda line: line["bytes"])
 

@@ -25,6 +25,7 @@ from ..methods import catalog
 from .plots import BLUE, COLOURS, DARK, GREY, MARKERS, PALE, VERMILLION, canvas, log_axis
 
 ROOT = Path(__file__).resolve().parents[2]
+EDGE = 0.6  # fewest bits that the picture tells apart
 ROWS = 36  # of the tree's longest column
 Tree = dict[str, dict[str, list[Method]]]
 
@@ -173,14 +174,14 @@ def at_equal_bytes(found: pd.DataFrame, goal: float, control: str, *, title: str
     for row, (_, lines) in enumerate(found.groupby("key", sort=False)):
         colour, marker = looks[lines.chapter.iloc[0]]
         style = {"color": colour, "fillstyle": "none" if lines.remark.iloc[0] else "full", "linestyle": "none", "alpha": 0.9}
-        axes[0].plot(lines.bits, [row] * len(lines), marker, **style)
+        axes[0].plot(lines.bits.clip(lower=EDGE), [row] * len(lines), marker, **style)
         axes[1].plot(100 * (1 - lines.test), [row] * len(lines), marker, **style)
         axes[1].plot([100 * (1 - lines.test.mean())] * 2, [row - 0.36, row + 0.36], color=DARK, linewidth=2)
     axes[0].axvline(goal, color=VERMILLION, linestyle="--", linewidth=1.4)
     axes[1].axvline(100 * (1 - found[found.key == control].test.mean()), color=DARK, linestyle="--", linewidth=1.4)
     log_axis(axes[0], "x", (1, 2, 4, 8, 16, 32))
     log_axis(axes[1], "x", (0.5, 1, 2, 5, 10, 20, 50, 90))
-    axes[0].set(xlabel="bits a weight", xlim=(0.6, 40), ylim=(len(keys) - 0.4, -0.6))
+    axes[0].set(xlabel="bits a weight (left edge: or fewer)", xlim=(0.95 * EDGE, 40), ylim=(len(keys) - 0.4, -0.6))
     axes[1].set(xlabel="test error, % (mark: a seed; bar: their mean)")
     axes[0].set_yticks(range(len(keys)), keys)
     for ax in axes:

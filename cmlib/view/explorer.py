@@ -151,7 +151,8 @@ class Explorer(Walk, anywidget.AnyWidget):
         """What the figures mean, and what was stored of these knobs; a single run is told at any; none before a guess is made."""
         asked = self.predict and not self.guesses
         here = [run for run in self.stored if not asked and (len(self.stored) == 1 or run["knobs"].items() <= state.knobs.items())]
-        return [*map(words.stored_note, here), *super().notes(state)]
+        untrained = [words.UNTRAINED] if self.method.learns_masks and not state.net else []
+        return [*untrained, *(words.stored_note(run, state.knobs) for run in here), *super().notes(state)]
 
     # the conversation with the browser --------------------------------------------------------------------------
 

@@ -270,11 +270,15 @@ def epochs(count: int) -> str:
     return f"{count} epoch{'s' * (count > 1)}"
 
 
-def stored_note(run: dict[str, Any]) -> dict[str, str]:
-    """A run that was trained once and kept."""
+UNTRAINED = {"tone": "info", "title": "It learns while it trains.", "text": "Untrained, the network is where the method starts from: press retrain."}
+
+
+def stored_note(run: dict[str, Any], knobs: dict[str, Any]) -> dict[str, str]:
+    """A run that was trained once and is stored, and where its knobs differ from these."""
     at = ", ".join(f"{name} = {value:.3g}" if isinstance(value, float) else f"{name} = {value}" for name, value in run["knobs"].items())
-    text = f"Trained once, {run['training']}, and kept: {pct(run['accuracy'])}, {size_text(run['bytes'])}."
-    return note("info", f"Stored run at {at}." if at else "Stored run.", text)
+    text = f"{pct(run['accuracy'])} of the validation images after {run['training']}, {size_text(run['bytes'])}."
+    elsewhere = "" if run["knobs"].items() <= knobs.items() else ", not at these knobs"
+    return note("info", f"Stored run at {at}{elsewhere}." if at else "Stored run.", text)
 
 
 def note(tone: str, title: str, text: str) -> dict[str, str]:

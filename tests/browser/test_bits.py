@@ -75,10 +75,10 @@ def test_rounded_inputs_count(page, panel):
 
 def test_a_stored_run_is_marked_as_stored(panel):
     panel.type("exact-bits", "2")
-    assert "Stored run at bits = 2. Trained once, 3 epochs, and kept: 97.00 %, 70 kB." in panel.part("notes").inner_text()
+    assert "Stored run at bits = 2. 97.00 % of the validation images after 3 epochs, 70 kB." in panel.part("notes").inner_text()
     assert "stored runs" in panel.part("plot").text_content()
     panel.type("exact-bits", "3")
-    assert "Stored run at bits = 2." in panel.part("notes").inner_text()  # the only one is told wherever the hand is
+    assert "Stored run at bits = 2, not at these knobs." in panel.part("notes").inner_text()  # the only one is told wherever the hand is
 
 
 @pytest.mark.parametrize("width", [480, 700, 1800])
