@@ -552,7 +552,7 @@ def test_the_dense_file_is_that_of_the_dense_network(tmp_path):
 def test_without_a_network_there_is_one_that_has_what_the_method_asks_for(key, net, data):
     panel = explore(key)
     assert (panel.source["net"], panel.source["data"]) == (net, data) and panel.pictures(panel.state).cards
-    with pytest.raises(ValueError, match=r"catalog\(\)\['eyeriss_energy_model'\]"):
+    with pytest.raises(ValueError, match=r"find\('eyeriss_energy_model'\)"):
         explore("eyeriss_energy_model")
 
 

@@ -23,14 +23,14 @@ from .tables import heading, line
 KNOBS: dict[str, dict[str, Any]] = {
     DENSE: {},
     "l1_weight_regularization": {"lam": 0.6}, "dynamic_network_surgery": {"c": 1.0}, "sparse_variational_dropout": {"threshold": 3.0},
-    "l0_hard_concrete": {"lam": 0.1, "start": 0.4}, "variational_dropout_lrt": {"keep": 0.5}, "learning_compression": {"keep": 0.3},
+    "l0_hard_concrete": {"lam": 0.3, "start": 0.6}, "variational_dropout_lrt": {"keep": 0.5}, "learning_compression": {"keep": 0.3},
     "frequency_domain_pruning": {"keep": 0.2}, "energy_constrained_projection": {"budget": 0.3}, "structured_sparsity_learning": {"lambda_g": 2.0},
     "soft_filter_pruning": {"keep": 0.7}, "admm_weight_pruning": {"keep": 0.1}, "learning_number_of_neurons": {"lam": 0.3},
     "less_is_more_compact_cnn": {"lam": 2.5}, "structured_probabilistic_pruning": {"keep": 0.5, "every": 10},
     "sparse_structure_selection": {"gamma": 0.8}, "vibnet": {"gamma": 0.002, "sigma": 0.6}, "l1_mask_structured_pruning": {"lam": 0.1},
     "global_dynamic_pruning": {"keep": 0.6}, "sensitivity_driven_regularization": {"lam": 0.05},
 }  # fmt: skip
-EPOCHS = {"l0_hard_concrete": 3, "l1_mask_structured_pruning": 3}  # one for all others
+EPOCHS = {"l0_hard_concrete": 10, "l1_mask_structured_pruning": 3}  # one for all others
 
 
 def learned() -> Iterator[str]:

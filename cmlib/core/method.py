@@ -24,7 +24,7 @@ from .packed import Masked
 from .select import selection
 
 WITHOUT_PLAN = {  # kinds of which a weight becomes nothing by itself, and what to do with one instead
-    "tool": "is a part that methods stand on: call it, as catalog()[{key!r}](...)",
+    "tool": "is a part that methods stand on: call it, as find({key!r})(...)",
     "recipe": "is a row of stages, each a method and its training: follow(model, {key!r}, data) goes through them",
     "block": "is a layer that is trained from the start: swapped(model, {key!r}) puts it in place of convolutions",
 }
