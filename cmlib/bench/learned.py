@@ -28,8 +28,9 @@ KNOBS: dict[str, dict[str, Any]] = {
     "soft_filter_pruning": {"keep": 0.7}, "admm_weight_pruning": {"keep": 0.1}, "learning_number_of_neurons": {"lam": 0.3},
     "less_is_more_compact_cnn": {"lam": 2.5}, "structured_probabilistic_pruning": {"keep": 0.5, "every": 10},
     "sparse_structure_selection": {"gamma": 0.8}, "vibnet": {"gamma": 0.002, "sigma": 0.6}, "l1_mask_structured_pruning": {"lam": 0.1},
-    "global_dynamic_pruning": {"keep": 0.6}, "sensitivity_driven_regularization": {"lam": 0.05},
+    "global_dynamic_pruning": {"keep": 0.6},
 }  # fmt: skip
+SLOW = ("sensitivity_driven_regularization",)  # a gradient an output class and step: an epoch takes longer than anybody waits before a panel
 EPOCHS = {"l0_hard_concrete": 10, "l1_mask_structured_pruning": 3}  # one for all others
 
 
