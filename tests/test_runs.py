@@ -80,7 +80,7 @@ def test_what_is_stored_of_chapter_04_is_what_its_recipes_ask_for():
 
 def test_what_is_stored_of_learned_masks_is_what_its_recipes_ask_for():
     assert {p.name for p in runs.RUNS.glob("learned-*.json")} == {runs._path(learned.given(key)).name for key in learned.KNOBS}
-    assert set(learned.KNOBS) - {learned.DENSE} | set(learned.SLOW) == {m.key for m in catalog().values() if m.learns_masks}
+    assert set(learned.KNOBS) - {learned.DENSE} == {m.key for m in catalog().values() if m.learns_masks}
     for r in runs.table("learned").itertuples():
         assert r.validation > 0.8 and (r.left < 1) == (r.method != learned.DENSE), f"{r.method} shows nothing at these knobs"
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ..core.apply import plan_of, weighted
+from ..core.inputs import sample
 from ..lab import runs
 from ..lab.data import load_data
 from ..lab.train import evaluate, fit
@@ -28,9 +30,9 @@ KNOBS: dict[str, dict[str, Any]] = {
     "soft_filter_pruning": {"keep": 0.7}, "admm_weight_pruning": {"keep": 0.1}, "learning_number_of_neurons": {"lam": 0.3},
     "less_is_more_compact_cnn": {"lam": 2.5}, "structured_probabilistic_pruning": {"keep": 0.5, "every": 10},
     "sparse_structure_selection": {"gamma": 0.8}, "vibnet": {"gamma": 0.002, "sigma": 0.6}, "l1_mask_structured_pruning": {"lam": 0.1},
-    "global_dynamic_pruning": {"keep": 0.6},
+    "global_dynamic_pruning": {"keep": 0.6}, "sensitivity_driven_regularization": {"lam": 0.05},
 }  # fmt: skip
-SLOW = ("sensitivity_driven_regularization",)  # a gradient an output class and step: an epoch takes longer than anybody waits before a panel
+IMAGES = {"sensitivity_driven_regularization": 3_000}  # a gradient an output and step: of all images an epoch takes some twenty minutes
 EPOCHS = {"l0_hard_concrete": 10, "l1_mask_structured_pruning": 3}  # one for all others
 
 
@@ -48,7 +50,8 @@ def learned() -> Iterator[str]:
         scores = [f"{100 * score:.2f} %" for score in (r.before, r.validation, r.test)]
         knobs = ", ".join(f"{name}={value}" for name, value in r.knobs.items())
         left = [f"{share:.1%}" for share in (r.started, r.left)]
-        yield line(f"`{r.method}`", knobs, str(r.epochs), *left, f"{r.bytes:,}", *scores, f"{r.seconds:.0f}")
+        epochs = f"{r.epochs} of {IMAGES[r.method]:,} images" if r.method in IMAGES else str(r.epochs)
+        yield line(f"`{r.method}`", knobs, epochs, *left, f"{r.bytes:,}", *scores, f"{r.seconds:.0f}")
     yield f"\n{trained(found)}"
 
 
@@ -61,6 +64,7 @@ def given(key: str) -> dict[str, Any]:
     """What a run's result depends on."""
     training = {"epochs": EPOCHS.get(key, 1), **{name: RECIPES[NET][name] for name in ("lr", "batch")}}
     here = {"kind": "learned", "method": key, "network": NET, "data": DATA, "seed": 0, "training": training, "epochs": training["epochs"]}
+    here |= {"images": IMAGES[key]} if key in IMAGES else {}
     return {**here, "knobs": KNOBS[key], "checkpoint": card(NET, DATA)["sha256"][:12]}
 
 
@@ -68,7 +72,7 @@ def _run(how: dict[str, Any]) -> dict[str, Any]:
     data, dense = load_data(DATA), load_net(NET, DATA)
     model = deepcopy(dense) if how["method"] == DENSE else compress(dense, how["method"], data=data, **how["knobs"])
     before, started = evaluate(model, data), _left(model)
-    fit(model, data, **how["training"], keep_best=False)
+    fit(model, replace(data, train=sample(data, how["images"])) if "images" in how else data, **how["training"], keep_best=False)
     plan = plan_of(model)
     size = sum(plan[name].bits() // 8 if name in plan else layer.weight.nbytes for name, layer in weighted(model).items())
     return {"before": before, "started": started, "left": _left(model), "bytes": size, **{part: evaluate(model, data, part=part) for part in PARTS}}

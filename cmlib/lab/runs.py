@@ -74,7 +74,7 @@ def along(method: str, net: str, data: str, seed: int = 0) -> list[dict[str, Any
     """
     wanted = {"method": method, "data": data, "seed": seed, "checkpoint": card(net, data, seed)["sha256"][:12]}
     found = [r for kind in ("by_bits", "learned") for r in _like(kind, network=net, **wanted)]
-    told = [(r, f"{r['epochs']} epoch{'s' * (r['epochs'] > 1)}") for r in found]
+    told = [(r, f"{r['epochs']} epoch{'s' * (r['epochs'] > 1)}" + (f" of {r['images']:,} images" if "images" in r else "")) for r in found]
     if not told:
         best = sorted((r for r in _like("atlas", net=net, **wanted) if "keep" not in r["knobs"]), key=lambda r: r["validation"])[-1:]
         told = [(r, f"{r['rounds']} rounds of {r['images']:,} images at learning rate {r['rate']}") for r in best]
