@@ -39,22 +39,48 @@ def twice() -> Iterator[str]:
         f"Residual net on Fashion-MNIST towards twice the speed, {EPOCHS} more epochs (in all {EPOCHS + RECIPES[NET]['epochs']}), "
         "three seeds, mean ± standard deviation",
         "network", "filters", "multiply-adds left", "parameters left", "validation", "to dense, points", "test", "to dense, points",
-        "faster, batch 64", "faster, batch 1",
     )  # fmt: skip
     dense = {part: statistics.mean(r[part] for r in found[DENSE]) for part in PARTS}
-    reached: list[str] = []
+    lost = {name: dense[PARTS[0]] - statistics.mean(r[PARTS[0]] for r in results) for name, results in found.items()}
     for name, results in found.items():
         left = [f"{statistics.mean(r[k] for r in results):.1%}" for k in ("multiply_adds", "parameters")]
         cells = ["/".join(map(str, filters(name).values())), *left]
         for part in PARTS:
             scores = [100 * r[part] for r in results]
             cells += [f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %", f"{statistics.mean(scores) - 100 * dense[part]:+.2f}"]
-        speeds = [faster(small(name, 0), batch) for batch in (64, 1)]
-        yield line(name, *cells, *(f"{statistics.median(s):.2f}× ({min(s):.2f} to {max(s):.2f})" for s in speeds))
-        lost = dense[PARTS[0]] - statistics.mean(r[PARTS[0]] for r in results)
-        reached += [name] * (statistics.median(speeds[0]) >= TIMES and lost <= POINTS / 100)
-    yield f"\nAsked: {TIMES} times as fast at batch 64 with at most {POINTS} points lost. Both at once: {', '.join(reached) or 'reached by none'}."
-    yield f"\n{trained(made)} Times are of the machine named last."
+        yield line(name, *cells)
+    yield f"\n{trained(made)}"
+    yield from speeds([name for name in lost if lost[name] <= POINTS / 100])
+
+
+def speeds(close: list[str]) -> Iterator[str]:
+    """How many times faster than the dense net, on this machine and on those that measured it before; ``close`` lost few enough points."""
+    for name in (*WIDTHS, DENSE):
+        runs.stored(timing(name, runs.machine()), partial(_speeds, name))
+    table = runs.table("twice_speed")
+    yield from heading("The same networks: times faster than the dense net, three measurements in turns with it, median (lowest to highest)",
+                       "network", "machine", "batch 64", "batch 1", "first layer alone, batch 64")  # fmt: skip
+    for row in table.sort_values(["machine", "network"]).itertuples():
+        yield line(row.network, row.machine, *map(_middle, (row.batch_64, row.batch_1, row.first_layer)))
+    twice_as_fast = table[[statistics.median(s) >= TIMES for s in table.batch_64]]
+    both = twice_as_fast[twice_as_fast.network.isin(close)]
+    yield f"\nAsked: {TIMES} times as fast at batch 64 with at most {POINTS} points lost on validation. Both at once:\n"
+    for where in sorted(set(table.machine)):
+        yield f"- {where}: {', '.join(both.network[both.machine == where]) or 'reached by none'}"
+
+
+def timing(name: str, machine: str) -> dict[str, Any]:
+    """What a measured speed depends on."""
+    return {"kind": "twice_speed", "network": name, "filters": filters(name), "net": NET, "data": DATA, "machine": machine}
+
+
+def _speeds(name: str) -> dict[str, Any]:
+    model, dense = small(name, 0), load_net(NET, DATA)
+    return {"batch_64": faster(model, dense, 64), "batch_1": faster(model, dense, 1), "first_layer": faster(model.conv, dense.conv, 64)}
+
+
+def _middle(ratios: list[float] | None) -> str:
+    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "not measured"
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
@@ -96,8 +122,7 @@ def small(name: str, seed: int) -> nn.Module:
     return dense if name == DENSE else bake(compress_each(dense, METHOD, keeps, data=data), data)
 
 
-def faster(model: nn.Module, batch: int) -> list[float]:
-    """How many times faster than the dense network, three measurements in turns with it, two threads."""
-    dense = load_net(NET, DATA)
+def faster(model: nn.Module, dense: nn.Module, batch: int) -> list[float]:
+    """How many times faster than the dense one, three measurements in turns with it, two threads."""
     x = as_input(load_data(DATA).validation[0][:batch], dense).contiguous(memory_format=torch.channels_last)
     return [float(latency({"dense": dense, "small": model}, x, rounds=60).loc["small", "ratio"]) for _ in range(3)]

@@ -24,9 +24,11 @@ def bake(model: nn.Module, data: Any = None) -> nn.Module:
     before = widths(small)
     channels_last = any(p.dim() == 4 and not p.is_contiguous() for p in small.parameters())
     expected = _outputs(small, example)
-    for group, gone in [(g, dead(small, g)) for g in groups(small, example)]:  # all looked up before any goes: norms behind a concat shift
+    zeros = [(g, dead(small, g)) for g in groups(small, example)]  # all looked up before any goes: norms behind a concat shift
+    graph = graph_of(small, example)
+    for group, gone in zeros:
         if gone:
-            _remove(small, group, gone[:-1] if len(gone) == group.count else gone, example)
+            _remove(graph, small.get_submodule(group.first), group.first, gone[:-1] if len(gone) == group.count else gone)
     if channels_last:
         small = small.to(memory_format=torch.channels_last)
     _check_same(expected, _outputs(small, example))
@@ -79,13 +81,12 @@ def _shape(module: nn.Module, key: str, old: Tensor) -> tuple[int, ...]:
     return (out, into, *old.shape[2:])
 
 
-def _remove(model: nn.Module, group: Group, gone: list[int], example: Tensor) -> None:
-    graph, layer = graph_of(model, example), model.get_submodule(group.first)
+def _remove(graph: Any, layer: nn.Module, name: str, gone: list[int]) -> None:
     try:
         graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, gone).prune()
     except Exception as error:
         raise UntraceableError(
-            f"torch-pruning cannot take channels out of {group.first} ({type(error).__name__}: {error}); leave it out with where=..."
+            f"torch-pruning cannot take channels out of {name} ({type(error).__name__}: {error}); leave it out with where=..."
         ) from error
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -262,7 +263,7 @@ class Planner:
     def _score(self, own: dict[str, Any]) -> Evidence:
         scores = self._scored(own)
         for name, s in scores.items():
-            if torch.broadcast_shapes(s.shape, self.weights[name].shape) != self.weights[name].shape:
+            if np.broadcast_shapes(s.shape, self.weights[name].shape) != self.weights[name].shape:
                 raise RuntimeError(
                     f"{self.method.key}: a score of shape {list(s.shape)} does not broadcast to a weight of {list(self.weights[name].shape)}"
                 )

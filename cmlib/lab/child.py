@@ -81,7 +81,8 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     data = load_data(job["data"])
     model = compress(load_net(job["net"], job["data"], job["seed"]), job["method"], where=job["where"], data=data, **job["knobs"])
-    steps, training = 0, job["training"]
+    steps, training, interrupts = 0, job["training"], []
+    signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))  # raised in between steps: inside torch's own code one can get lost
     total = training["epochs"] * -(-len(data.train[1]) // training["batch"])
     with open(folder / "reports", "w") as reports:
 
@@ -93,6 +94,8 @@ def main(folder: Path) -> None:
             nonlocal steps
             if orphaned(job["parent"]):
                 sys.exit("the process that asked for this training is gone")
+            if interrupts:
+                raise KeyboardInterrupt
             steps += 1
             if steps % 10 == 1:
                 say(step=steps, steps=total)
