@@ -109,7 +109,7 @@ def _mark(question: Question, notebook: Notebook, answers: Boxed) -> Mark:
     if question.by_hand:
         written = [text for text in notebook.texts(question.cell) if _bare(text) not in ("", _bare(question.released))]
         return Mark(question.key, question.cell, None if written else 0.0, question.points, text="\n\n".join(written))
-    answers.starts = STARTS
+    answers.next_question()
     namespace: dict[str, Any] = {"np": np, "trial": trial, "__name__": question.cell}
     try:
         exec(compile(question.hidden, f"<{question.cell}>", "exec"), namespace)
@@ -152,6 +152,7 @@ class Boxed:
         self.notes: dict[int, str] = {}  # by cell
         self.ended: set[int] = set()
         self.number, self.starts, self.end = 0, STARTS, time.monotonic() + limits.total
+        self.processes = 0  # in the box, once its cells have run
 
     def __enter__(self) -> Boxed:
         return self
@@ -165,6 +166,12 @@ class Boxed:
 
     def get(self, name: str) -> Any:
         return self._asked("get", name)
+
+    def next_question(self) -> None:
+        """A box in which calls left processes behind is put away: what these do next shall not cost another question."""
+        self.starts = STARTS
+        if self.box and self.box.alive and len([*self.box.pids()]) > self.processes:
+            self.box.kill()
 
     def afresh(self) -> None:
         """The next call finds a new box, in which nothing is left of the calls before."""
@@ -197,6 +204,7 @@ class Boxed:
             if not self.box.alive:
                 self.ended.add(i)
                 return
+        self.processes = len([*self.box.pids()])
 
     def _ask(self, seconds: float, kind: str, *rest: Any) -> Any:
         """Send a request and wait for its reply; the box is ended where that takes too long or what comes is no reply."""

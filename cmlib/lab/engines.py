@@ -127,8 +127,8 @@ def to_int8(path: str | Path, out: str | Path, data: Any, *, per: str = "tensor"
     """Write the ONNX file ``path`` again with int8 weights and uint8 activations to ``out``, the new file's bytes returned.
 
     ONNX Runtime's static quantization, QDQ: prepared as it advises (shapes inferred, batch norms folded), ranges by min-max from ``samples`` training
-    images; ``per="filter"`` gives each filter a scale. Without VNNI instructions its sums may saturate. EngineError for what cannot be read,
-    quantized or written; ValueError for no images.
+    images; ``per="filter"`` gives each filter a scale. On a processor without VNNI instructions whoever runs the file by other means than
+    ``Engine`` should set ``session.x64quantprecision`` too. EngineError for what cannot be read, quantized or written; ValueError for no images.
     """
     if per not in PER:
         raise ValueError(f"per={per!r} is not allowed: one of {', '.join(PER)}")
@@ -161,6 +161,7 @@ class Engine(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads would take the other engine's turn
+        options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums of two products would saturate at 16 bits
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:

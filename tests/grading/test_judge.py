@@ -38,6 +38,16 @@ def points(grade: Grade) -> list[float | None]:
     return [m.points for m in grade.marks]
 
 
+LEAVES_A_KILLER = """
+import os, time
+def double(x):
+    own = os.getpid()
+    if not os.fork():
+        time.sleep(0.1)
+        os.kill(own, 9)
+        os._exit(0)
+    return 2 * x
+"""
 STATES = {  # cells, points of the two questions
     "as it should be": (RIGHT, [2, 2]),
     "cells in another order": (RIGHT[::-1], [2, 2]),
@@ -66,6 +76,10 @@ STATES = {  # cells, points of the two questions
     "argument written over": (["def double(x):\n    x *= 2\n    return x", *RIGHT[::2]], [2, 2]),
     "as nested lists": (["def double(x):\n    return [[2 * float(v) for v in row] for row in x] or x", *RIGHT[::2]], [2, 2]),
     "too slow": (["import time\ndef double(x):\n    time.sleep(9)", *RIGHT[::2]], [0, 2]),
+    "a call that leaves a process to spoil the next question": (
+        [LEAVES_A_KILLER, "import time\ndef total(x):\n    time.sleep(0.3)\n    return x.sum()"],
+        [2, 2],
+    ),
     "folder changed, streams closed": (
         ["import os, sys\nos.chdir('/')\nsys.stdout.close(); sys.stderr.close(); os.close(1); os.close(2)", *RIGHT],
         [2, 2],
