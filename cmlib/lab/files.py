@@ -23,6 +23,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,18 @@ def _source(model: nn.Module, plan: Plan) -> dict[str, Any] | None:
     source = getattr(model, "source", None)
     if not (isinstance(source, dict) and set(source) == {"net", "data", "seed"}):
         return None
-    with torch.device("meta"):
-        fresh = narrowed(build(**source), getattr(model, "widths", {}))
+    fresh, narrower = _skeleton(source["net"], source["data"]), getattr(model, "widths", {})
+    fresh = narrowed(deepcopy(fresh), narrower) if narrower else fresh
     same = _kinds(_state(fresh, plan)) == _kinds(_state(model, plan))
     same &= all(n in weighted(fresh) and fresh.get_submodule(n).weight.shape == p.dense().shape for n, p in plan.items())
     return dict(source) if same else None
+
+
+@cache
+def _skeleton(net: str, data: str) -> nn.Module:
+    """A network of the kit without numbers; a panel asks for it at every move."""
+    with torch.device("meta"):
+        return build(net, data)
 
 
 def _kinds(tensors: Tensors) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
