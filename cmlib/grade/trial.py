@@ -329,9 +329,9 @@ def show(value: Any) -> str:
     if isinstance(value, np.ndarray):
         text = np.array2string(value, threshold=24, edgeitems=2, precision=6, separator=", ")
         return text if value.size <= 24 else f"{text} of shape {value.shape}"
-    if isinstance(value, (list, tuple)) and any(isinstance(v, np.ndarray) for v in value):
+    if isinstance(value, (list, tuple)) and any(isinstance(v, np.ndarray) or _is_tensor(v) for v in value):
         return "[" + ", ".join(show(v) for v in value[:8]) + (", …" if len(value) > 8 else "") + "]"
-    if isinstance(value, dict) and any(isinstance(v, np.ndarray) for v in value.values()):
+    if isinstance(value, dict) and any(isinstance(v, np.ndarray) or _is_tensor(v) for v in value.values()):
         few = list(value.items())[:8]
         return "{" + ", ".join(f"{key!r}: {show(v)}" for key, v in few) + (", …" if len(value) > 8 else "") + "}"
     if callable(value):

@@ -66,7 +66,7 @@ def test(args: list[str]) -> int:
     if args:
         tally.pytest(python, "tests", *workers, *args)
     else:
-        tally.pytest(python, "tests", "--ignore=tests/browser", *workers)
+        tally.pytest(python, "tests", "-p", "no:nbval", "--ignore=tests/browser", *workers)  # the plugin takes seconds to import
         if any((ROOT / "notebooks").glob("*.ipynb")):
             tally.pytest(python, "notebooks", "--nbval-lax", "--nbval-cell-timeout=120", *workers, "notebooks")
         if any((ROOT / "tests/browser").glob("test_*.py")):
