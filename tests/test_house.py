@@ -283,7 +283,7 @@ def test_all_tests_are_three_runs(runs, monkeypatch, capsys):
     assert house.main(["test"]) == 0
     workers = "-n 2 --dist loadfile"
     assert runs == [
-        ("tests", f"--ignore=tests/browser {workers}"),
+        ("tests", f"-p no:nbval --ignore=tests/browser {workers}"),
         ("notebooks", f"--nbval-lax --nbval-cell-timeout=120 {workers} notebooks"),
         ("browser", "-n 0 tests/browser"),
     ]
