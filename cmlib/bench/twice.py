@@ -79,8 +79,8 @@ def _speeds(name: str) -> dict[str, Any]:
     return {"batch_64": faster(model, dense, 64), "batch_1": faster(model, dense, 1), "first_layer": faster(model.conv, dense.conv, 64)}
 
 
-def _middle(ratios: list[float] | None) -> str:
-    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "not measured"
+def _middle(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
