@@ -255,7 +255,7 @@ def measured(net: Any, pruned: dict[str, Any], part: str, every: int = 1) -> tup
 
     plan = _plan(net, pruned)
     images, labels = pair_of(load_data("mnist"), part)
-    return length(net, plan), evaluate(attach_plan(deepcopy(net), plan), (images[::every], labels[::every]))
+    return length(net, plan), evaluate(attach_plan(deepcopy(net), plan), (images[::every], labels[::every]), batch=1250)
 
 
 def _plan(net: Any, pruned: dict[str, Any]) -> dict[str, Any]:
