@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -263,10 +262,9 @@ class Planner:
     def _score(self, own: dict[str, Any]) -> Evidence:
         scores = self._scored(own)
         for name, s in scores.items():
-            if np.broadcast_shapes(s.shape, self.weights[name].shape) != self.weights[name].shape:
-                raise RuntimeError(
-                    f"{self.method.key}: a score of shape {list(s.shape)} does not broadcast to a weight of {list(self.weights[name].shape)}"
-                )
+            shape = self.weights[name].shape
+            if s.dim() > len(shape) or any(n not in (1, m) for n, m in zip(reversed(s.shape), reversed(shape), strict=False)):
+                raise RuntimeError(f"{self.method.key}: a score of shape {list(s.shape)} does not broadcast to a weight of {list(shape)}")
             if s.isnan().any():
                 raise ValueError(f"{self.method.key} scores {int(s.isnan().sum()):,} weights of layer {name} as NaN, which no order can rank")
         return scores
