@@ -36,10 +36,18 @@ def filters(w):
 FILTERS = score("a test", chapter="-", unit="filter")(filters)
 
 
+OTHERS = {
+    "resnet18": zoo_of_others.resnet18,
+    "mobilenet_v2": zoo_of_others.mobilenet_v2,
+    "vgg16": zoo_of_others.vgg16,
+    "googlenet": lambda: zoo_of_others.googlenet(aux_logits=False, init_weights=False),
+    "a small densenet": lambda: zoo_of_others.DenseNet(growth_rate=8, block_config=(2, 3), num_init_features=16, num_classes=10),
+}
+
+
 def others(name):
     torch.manual_seed(0)
-    settings = {"googlenet": {"aux_logits": False, "init_weights": False}}.get(name, {})
-    model = stirred(getattr(zoo_of_others, name)(**settings).eval())
+    model = stirred(OTHERS[name]().eval())
     return model, (torch.rand(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64))
 
 
@@ -82,7 +90,7 @@ def test_the_kits_networks_shrink_and_say_the_same(net, mnist):
     assert multiply_adds(small, x[:1]) < 0.45 * multiply_adds(dense, x[:1])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16", "googlenet", "densenet121"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_torchvisions_networks_shrink_and_say_the_same(name, tmp_path):
     model, data = others(name)
     before = {n: t.clone() for n, t in model.state_dict().items()} if name != "vgg16" else {}

@@ -24,8 +24,8 @@ def bake(model: nn.Module, data: Any = None) -> nn.Module:
     before = widths(small)
     channels_last = any(p.dim() == 4 and not p.is_contiguous() for p in small.parameters())
     expected = _outputs(small, example)
-    zeros = [(g, dead(small, g)) for g in groups(small, example)]  # all looked up before any goes: norms behind a concat shift
     graph = graph_of(small, example)
+    zeros = [(g, dead(small, g)) for g in groups(small, example, graph)]  # all looked up before any goes: norms behind a concat shift
     for group, gone in zeros:
         if gone:
             _remove(graph, small.get_submodule(group.first), group.first, gone[:-1] if len(gone) == group.count else gone)

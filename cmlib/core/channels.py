@@ -7,7 +7,7 @@ inputs that the next layers make of its map go too. The library torch-pruning wo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,19 +53,20 @@ def example_of(model: nn.Module, data: Any = None) -> Tensor:
     return torch.zeros(1, *model.input_shape, dtype=dtype_of(model), device=device_of(model))
 
 
-def groups(model: nn.Module, example: Tensor) -> list[Group]:
-    """The groups of a plain ``model``, in its own order, whose channels can go.
+def groups(model: nn.Module, example: Tensor, graph: Any = None) -> list[Group]:
+    """The groups of a plain ``model``, in its own order, whose channels can go; read off its ``graph`` where the caller has one.
 
     UntraceableError where the forward pass cannot be followed.
     """
-    return [g for g in all_groups(model, example) if not g.stuck]
+    return [g for g in all_groups(model, example, graph) if not g.stuck]
 
 
-def all_groups(model: nn.Module, example: Tensor) -> list[Group]:
+def all_groups(model: nn.Module, example: Tensor, graph: Any = None) -> list[Group]:
     """The same with those that are ``stuck``: the network's outputs, and channels on whose way something stands that cannot lose one."""
     names = {m: n for n, m in model.named_modules()}
     order = {n: i for i, n in enumerate(names.values())}
-    found = [_group(raw, names, order) for raw in _traced(model, example)]
+    raws = (graph or graph_of(model, example)).get_all_groups(root_module_types=list(LAYERS))
+    found = [_group(raw, names, order) for raw in raws]
     return sorted((g for g in found if g.makers), key=lambda g: order[g.first])
 
 
@@ -74,7 +75,7 @@ def graph_of(model: nn.Module, example: Tensor) -> Any:
     import torch_pruning
 
     try:
-        with everywhere(model):
+        with everywhere(model), torch.enable_grad():
             return torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
     except Exception as error:
         raise UntraceableError(
@@ -93,11 +94,6 @@ def refusal(model: nn.Module, example: Tensor) -> str:
         said = f"{type(error).__name__}: {str(error)[:200]}"
         return f"the network refuses an image of shape {tuple(example.shape[1:])} ({said}); pass data=(images, labels) whose images it takes"
     return ""
-
-
-def _traced(model: nn.Module, example: Tensor) -> Iterator[Any]:
-    with torch.enable_grad():
-        yield from graph_of(model, example).get_all_groups(root_module_types=list(LAYERS))
 
 
 def _group(raw: Any, names: dict[nn.Module, str], order: dict[str, int]) -> Group:
