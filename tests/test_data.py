@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -69,9 +70,19 @@ def test_no_image_is_in_two_parts(name):
 def test_digits_are_scikit_learns(digits):
     from sklearn.datasets import load_digits
 
-    ours = sorted(r.tobytes() for p in ("train", "validation", "test") for r in getattr(digits, p)[0].numpy())
-    theirs = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
-    assert ours == sorted(r.tobytes() for r in theirs)
+    theirs = load_digits()
+    pixels = np.round(theirs.images * (255 / 16)).astype(np.uint8)
+    ours = sorted((x.tobytes(), int(y)) for part in (digits.train, digits.validation, digits.test) for x, y in zip(part[0].numpy(), part[1]))
+    assert ours == sorted((x.tobytes(), int(y)) for x, y in zip(pixels, theirs.target, strict=True))
+
+
+def test_digits_are_read_without_importing_scikit_learn_and_missed_where_it_is(monkeypatch):
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    data._digits()
+    assert "sklearn" not in sys.modules
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match="No module named 'sklearn'"):
+        data._digits()
 
 
 def test_input_is_x_over_255():
