@@ -23,7 +23,7 @@ from cmlib.lab.zoo import build, checkpoint
 from cmlib.methods import catalog
 
 FORMATS = ("auto", "dense", "bitmap", "csr", "relative")
-NETS = {"lenet300": "fc3", "lenet5": "conv1", "resnet": "conv"}  # and a layer small enough for a whole Hessian
+NETS = ("lenet300", "lenet5", "resnet")
 SETTINGS = {"optimal_brain_surgeon": {"keep": 0.3, "damping": 1e-3}, "dynamic_network_surgery": {"c": 0.5}}
 LEARNT = {m.key for m in catalog().values() if m.learns}
 
@@ -51,13 +51,17 @@ def path(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net, on, least", [("mlp", "digits", "fc2"), ("cnn", "digits", "conv1"), ("resnet", "mnist", "conv")])
 @pytest.mark.parametrize("key", [k for k, m in catalog().items() if not m.no_plan])
-def test_every_method_comes_back_as_it_was(key, net, path):
-    if net != "resnet" and "bn_gamma" in catalog()[key].asks:
+def test_every_method_comes_back_as_it_was(key, net, on, least, path):
+    if net == "mlp" and "bn_gamma" in catalog()[key].asks:
         pytest.skip("no batch norm")
-    data, knobs = pictures(), SETTINGS.get(key, {} if key in LEARNT or "keep" not in catalog()[key].knobs else {"keep": 0.1})
-    model = compress(build(net, "mnist"), key, where=NETS[net] if key == "optimal_brain_surgeon" else "*", data=data, **knobs)
+    data, knobs = (
+        pictures(side=8 if on == "digits" else 28),
+        SETTINGS.get(key, {} if key in LEARNT or "keep" not in catalog()[key].knobs else {"keep": 0.1}),
+    )
+    where = least if key == "optimal_brain_surgeon" else "*"  # its whole Hessian
+    model = compress(build(net, on), key, where=where, data=data, **knobs)
     if key in LEARNT:
         fit(model, data, epochs=2)
     model.eval()

@@ -420,6 +420,12 @@ def test_energy_aware_pruning_1_the_refit_is_numpys_least_squares_and_never_errs
         assert not new[~mask].any()
 
 
+def test_energy_aware_pruning_1_what_reads_only_dead_inputs_keeps_its_weights():
+    w, gram = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.diag(torch.tensor([0.0, 1.0], dtype=F64))[None]
+    mask = torch.tensor([[True, False], [True, True]])
+    assert torch.equal(energy.refitted(w, mask, gram), w * mask)
+
+
 def test_energy_aware_pruning_1_groups_and_convolutions_are_fitted_to_their_own_inputs():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 9, 3)).double().eval()
