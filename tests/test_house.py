@@ -285,7 +285,7 @@ def test_all_tests_are_three_runs(runs, monkeypatch, capsys):
     assert runs == [
         ("tests", f"-p no:nbval --ignore=tests/browser {workers}"),
         ("notebooks", f"--nbval-lax --nbval-cell-timeout=120 {workers} notebooks"),
-        ("browser", "-n 0 tests/browser"),
+        ("browser", f"{workers} tests/browser"),
     ]
     assert capsys.readouterr().out == "cmlib test: 0 passed, 0 skipped, 0 failed in 0 s\n"
 

@@ -71,7 +71,7 @@ def test(args: list[str]) -> int:
             tally.pytest(python, "notebooks", "--nbval-lax", "--nbval-cell-timeout=120", *workers, "notebooks")
         if any((ROOT / "tests/browser").glob("test_*.py")):
             if browser := chromium(python):
-                tally.pytest(python, "browser", "-n", "0", "tests/browser", CMLIB_CHROMIUM=browser)
+                tally.pytest(python, "browser", *workers, "tests/browser", CMLIB_CHROMIUM=browser)
             else:
                 say("left out: tests/browser, for want of Chromium (apt install chromium, or name one in CMLIB_CHROMIUM)")
     print(tally.summary(time.monotonic() - started), flush=True)
