@@ -39,17 +39,22 @@ class Estimate:
 
 
 def interval(correct: Tensor, done: Tensor, total: Tensor, z: float = Z95) -> Estimate:
-    """The 95 % interval for the share correct among all images, from counts of each class: correct, done, and in all.
+    """The 95 % interval for the share correct among all images, from counts of each class: correct, done, and in all."""
+    middle, half = middle_and_half(correct, done, total, z)
+    return Estimate(middle.item(), half.item(), int(done[total > 0].sum()), int(total.sum()))
+
+
+def middle_and_half(correct: Tensor, done: Tensor, total: Tensor, z: float = Z95) -> tuple[Tensor, Tensor]:
+    """Of counts (..., classes) the middle and half-width of the interval, (...).
 
     A stratified sample without replacement: classes weigh as in the whole, each class's variance p (1 - p) / n shrinks by (N - n) / (N - 1). One
     right and one wrong answer are added to each class where its variance is taken (not its share), so that a class of which all are right so far
     still counts as uncertain.
     """
-    correct, done, total = (count[total > 0].double() for count in (correct, done, total))
+    correct, done, total = (count[..., total > 0].double() for count in (correct, done, total))
     weight, smooth = total / total.sum(), (correct + 1) / (done + 2)
     variance = smooth * (1 - smooth) / done * (total - done) / (total - 1).clamp(min=1)
-    half = z * (weight**2 * variance).sum().sqrt().item()
-    return Estimate((weight * correct / done).sum().item(), half, int(done.sum()), int(total.sum()))
+    return (weight * correct / done).sum(-1), z * (weight**2 * variance).sum(-1).sqrt()
 
 
 class Live:
