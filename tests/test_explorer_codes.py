@@ -24,6 +24,7 @@ from cmlib.lab.zoo import load_net
 from cmlib.methods import catalog
 from cmlib.view import cards, explorer, walk, words
 from cmlib.view.explorer import explore
+from cmlib.view.live import Live
 
 HAN = "magnitude_pruning_han"
 QUANTIZERS = [k for k, m in catalog().items() if m.kind == "quantizer"]
@@ -409,6 +410,12 @@ def test_the_button_trains_a_quantizer(digits):
     assert evaluate(scope["model"], digits) == panel.state.accuracy
 
 
+@pytest.fixture
+def all_right(monkeypatch):
+    """Every answer is right and no network runs: stored runs do not ask what the panel measures."""
+    monkeypatch.setattr(Live, "batches", lambda live, *_: iter(live.labels.split(125)))
+
+
 def stored_notes(panel):
     return {title: text for title, text in notes(panel).items() if title.startswith("Stored run")}
 
@@ -424,7 +431,7 @@ def test_stored_runs_are_shown_as_stored():
         panel_of(stored=[{"knobs": {}, "epochs": 1}])
 
 
-def test_runs_that_the_kit_has_stand_where_the_file_of_their_knobs_would():
+def test_runs_that_the_kit_has_stand_where_the_file_of_their_knobs_would(all_right):
     panel = cmlib.explore("integer_only_quantization", net="lenet5", data="mnist", a_bits=32)
     assert len(panel.stored) > 3
     for run in panel.stored:
@@ -433,7 +440,7 @@ def test_runs_that_the_kit_has_stand_where_the_file_of_their_knobs_would():
 
 
 @pytest.mark.parametrize("change", [{}, {"where": "fc*"}, {"part": "test"}, {"stored": []}, "other images"], ids=str)
-def test_runs_are_shown_where_they_are_of_this_network_and_these_images(change):
+def test_runs_are_shown_where_they_are_of_this_network_and_these_images(all_right, change):
     mnist, shown = cmlib.load_data("mnist"), not change
     if change == "other images":
         change = {"data": replace(mnist, validation=tuple(t[:500] for t in mnist.validation))}
@@ -441,7 +448,7 @@ def test_runs_are_shown_where_they_are_of_this_network_and_these_images(change):
     assert bool(panel.stored) == bool(panel.spec["stored"]) == bool(stored_notes(panel)) == shown
 
 
-def test_a_single_run_is_told_at_any_knobs_but_not_before_a_guess():
+def test_a_single_run_is_told_at_any_knobs_but_not_before_a_guess(all_right):
     panel = cmlib.explore("soft_filter_pruning", predict={"keep": 0.7})
     assert panel.source["net"] == "lenet5" and len(panel.stored) == 1 and not stored_notes(panel)
     panel._receive(panel, {"type": "guess", "value": 0.9}, [])
