@@ -12,7 +12,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
 import torch
 import torch.nn.utils.prune as torch_prune
@@ -138,6 +137,8 @@ def show(keep):
 
 def notebook(folder: Path, *cells: str) -> str:
     """A notebook of these cells in ``folder``; its name."""
+    import nbformat  # its schemas take a second to import: whoever only draws stored runs does without
+
     made = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     )

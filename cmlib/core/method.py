@@ -11,9 +11,9 @@ knobs. The decorated function stays callable as itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -204,13 +204,19 @@ def apart(flat: Any, like: dict[str, Tensor]) -> dict[str, Any]:
     return {n: part.reshape(*flat.shape[:-1], *w.shape) for (n, w), part in zip(like.items(), parts, strict=True)}
 
 
+@cache
+def _parameters(fn: Callable) -> Mapping[str, inspect.Parameter]:
+    """A function's parameters, read once: training asks for them at every step."""
+    return inspect.signature(fn).parameters
+
+
 def evidence_of(fn: Callable) -> tuple[str, ...]:
     """What a function asks for by name: its positional arguments, in order."""
-    return tuple(n for n, p in inspect.signature(fn).parameters.items() if p.kind is not p.KEYWORD_ONLY)
+    return tuple(n for n, p in _parameters(fn).items() if p.kind is not p.KEYWORD_ONLY)
 
 
 def call(fn: Callable, available: dict[str, Any], knobs: dict[str, Any]) -> Any:
     """Call ``fn`` with the positional arguments it names, taken from ``available``, and those knobs that it has."""
-    parameters = inspect.signature(fn).parameters
+    parameters = _parameters(fn)
     asked = [available[n] for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
     return fn(*asked, **{n: v for n, v in knobs.items() if n in parameters and parameters[n].kind is inspect.Parameter.KEYWORD_ONLY})
