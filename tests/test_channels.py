@@ -108,6 +108,14 @@ def test_torchvisions_networks_shrink_and_say_the_same(name, tmp_path):
             assert torch.equal(back(data[0]), small(data[0]))
 
 
+def test_channels_are_followed_where_no_gradients_are_wanted_and_never_silently_not():
+    masked = compress(load_net("resnet", "mnist"), FILTERS, keep=0.5)
+    with torch.no_grad():
+        assert sum(p.numel() for p in bake(masked).parameters()) == 37_186
+    with torch.inference_mode(), pytest.raises(UntraceableError, match=r"RuntimeError: Inference tensors"):
+        bake(masked)
+
+
 def test_a_filter_takes_bias_and_batch_norm_with_it(digits):
     dense = stirred(load_net("cnn", "digits"))
     dense.conv1.bias.data.fill_(3.0)

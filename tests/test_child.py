@@ -55,7 +55,8 @@ def trained():
     """A training that has run to its end."""
     child = Child(**JOB)
     finish(child)
-    return child
+    yield child
+    child.stop()
 
 
 def test_a_training_runs_to_its_end(trained, digits):
@@ -81,7 +82,8 @@ def test_it_leaves_the_machine_to_others_and_ends_unfinished_at_an_interrupt(sta
     if hasattr(os, "getpriority"):
         assert os.getpriority(os.PRIO_PROCESS, child.process.pid) >= 10
     assert os.getpgid(child.process.pid) != os.getpgid(0)  # an interrupt of the kernel does not reach it
-    assert (child.path / "log").read_text() == ""  # whose last line would be taken for the reason of its end
+    log = (child.path / "log").read_text()
+    assert log == "", log  # whose last line would be taken for the reason of its end
     child.process.send_signal(signal.SIGINT)
     finish(child)
     assert "interrupted" in child.failure and "accuracy" not in child.report()

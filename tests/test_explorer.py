@@ -668,8 +668,7 @@ def test_every_method_can_be_explored_to_its_corners(key, net, few, monkeypatch)
     sliders = {k["name"] for k in panel.spec["knobs"]}
     with page(panel) as browser:
         browser.moves(**{n: v for n, v in panel.start.items() if n in sliders})
-        knobs = {} if (key, net) == ("ecc_energy_bilinear", "mlp") else panel.method.knobs  # they move widths alone, of which the cnn has more
-        for name, knob in knobs.items():
+        for name, knob in panel.method.knobs.items():
             for value in corners(knob, panel.start[name]):
                 if value == "filter" and small.get("where") == "fc2":
                     continue  # only the output layer is covered, whose units cannot go

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import weakref
 
 import pytest
 import torch
@@ -106,6 +107,18 @@ def test_call_hands_over_by_name_what_is_asked():
         return b, a, t
 
     assert call(f, {"a": 1, "b": 2, "c": 3}, {"t": 5, "u": 6}) == (2, 1, 5)
+
+
+def test_a_function_that_was_called_is_not_kept():
+    held = torch.zeros(3)
+
+    def closure(w):
+        return w + held
+
+    call(closure, {"w": 1}, {})
+    seen = weakref.ref(closure)
+    del closure
+    assert seen() is None
 
 
 def test_an_unknown_method_is_answered_with_the_nearest():

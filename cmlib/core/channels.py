@@ -75,7 +75,7 @@ def graph_of(model: nn.Module, example: Tensor) -> Any:
     import torch_pruning
 
     try:
-        with everywhere(model), torch.enable_grad():
+        with everywhere(model), torch.inference_mode(False), torch.enable_grad():  # it follows what autograd records
             return torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
     except Exception as error:
         raise UntraceableError(

@@ -13,8 +13,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -204,10 +206,16 @@ def apart(flat: Any, like: dict[str, Tensor]) -> dict[str, Any]:
     return {n: part.reshape(*flat.shape[:-1], *w.shape) for (n, w), part in zip(like.items(), parts, strict=True)}
 
 
-@cache
+_READ: WeakKeyDictionary[Callable, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
+
+
 def _parameters(fn: Callable) -> Mapping[str, inspect.Parameter]:
-    """A function's parameters, read once: training asks for them at every step."""
-    return inspect.signature(fn).parameters
+    """A function's parameters, read once while it lives: training asks for them at every step."""
+    if not isinstance(fn, FunctionType):
+        return inspect.signature(fn).parameters
+    if fn not in _READ:
+        _READ[fn] = inspect.signature(fn).parameters
+    return _READ[fn]
 
 
 def evidence_of(fn: Callable) -> tuple[str, ...]:

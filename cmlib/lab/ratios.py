@@ -178,17 +178,18 @@ def solve(model: nn.Module, method: Method | str, data: Any = None, *, target: f
     layers = Layers(model, method, data, where, **knobs)
     make, share = _family(layers, rule, table, keeps, data), _meter(model, data, cost, batch, rounds, threads)
     trials: list[tuple[float, float]] = []
-    counted: dict[tuple, float] = {}  # by the filters that stay: late halvings come to the same network again
+    counted: dict[tuple, float] = {}  # by the filters that stay, which a count depends on alone: late halvings come to the same ones again
 
     def tried(setting: float) -> float:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*would keep none")  # the search goes to the ends; what is handed out warns
             plan = make(setting)
             stay = tuple((n, *packed.rows.tolist()) for n, packed in plan.items())
-            if cost == "latency" or stay not in counted:
-                counted[stay] = share(bake(layers.compressed(plan), data))[0]
-        trials.append((setting, counted[stay]))
-        return counted[stay]
+            left = counted[stay] if stay in counted else share(bake(layers.compressed(plan), data))[0]
+        if cost != "latency":
+            counted[stay] = left
+        trials.append((setting, left))
+        return left
 
     if (least := tried(0.0)) > target:
         mend = (

@@ -264,7 +264,7 @@ def least_squares(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
 
 
 def normal_equations(gram: Tensor, target: Tensor, w: Tensor) -> Tensor:
-    """The W of gram W = target, (inputs, outputs); where the gram matrix leaves it open, a small ridge has it stay near ``w``."""
+    """The W of gram W = target, (inputs, outputs), float64; where the gram matrix leaves it open, a small ridge has it stay near ``w``."""
     ridge = (RIDGE * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
     return torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), target + ridge * w)
 
