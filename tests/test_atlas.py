@@ -21,7 +21,9 @@ from cmlib.lab.verbs import compress
 from cmlib.lab.zoo import load_net
 from cmlib.methods import CHAPTERS, catalog, find
 from cmlib.view import atlas as view
+from cmlib.view.browse import families
 from cmlib.view.plots import COLOURS
+from cmlib.view.survey import group, section
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,25 +47,28 @@ def leaves_of(module):
 
 
 @pytest.mark.parametrize("module", CHAPTERS, ids=lambda m: m.__name__.rpartition(".")[2])
-def test_a_modules_first_line_is_chapter_and_family(module):
+def test_a_modules_first_line_is_its_chapter(module):
     found = leaves_of(module)
-    chapter, family = view.family(found[0])
-    assert module.__doc__.startswith(f"{chapter}: {family}.\n") and len(family) <= 40  # as much as a column of the picture holds
+    chapter = view.chapter(found[0])
+    assert module.__doc__.startswith(f"{chapter}: ")
     assert {m.chapter for m in found} == {chapter.split(",")[0].removeprefix("Chapter ")}
 
 
-def test_a_module_that_does_not_say_its_family_is_told():
+def test_a_module_that_does_not_say_its_chapter_is_told():
     def stray(w):
         """A method of one's own."""
 
     with pytest.raises(ValueError, match="test_atlas must begin 'Chapter NN"):
-        view.family(Method(stray, "score", "nobody", "02"))
+        view.chapter(Method(stray, "score", "nobody", "02"))
 
 
-def test_chapters_have_one_name_and_families_one_module():
-    found = [view.family(leaves_of(module)[0]) for module in CHAPTERS]
-    assert len({chapter for chapter, _ in found}) == len({m.chapter for m in catalog().values()})
-    assert len(set(found)) == len(CHAPTERS)
+def test_chapters_have_one_name_and_families_are_those_of_the_chapters_tables():
+    assert [c.split(",")[0] for c in view.branches()] == ["Chapter 02", "Chapter 03", "Chapter 04"]
+    for chapter, groups in view.branches().items():
+        number = chapter.split(",")[0].removeprefix("Chapter ")
+        assert [(name, [m.key for m in methods]) for name, methods in groups.items()] == [
+            (name, list(rows.index)) for name, rows in families(number).groups
+        ]
 
 
 def test_the_picture_has_every_method_once_and_can_be_read():
@@ -72,7 +77,7 @@ def test_the_picture_has_every_method_once_and_can_be_read():
     texts = [t.get_text() for t in figure.axes[0].texts]
     assert sorted(t for t in texts if t in catalog()) == sorted(catalog())
     families = [t for t in texts if t not in catalog()]
-    assert {view.family(m)[1] for m in catalog().values()} <= set(families)
+    assert {re.sub(r"^[\d.]+ (\(\d\) )?", "", group(m)) for m in catalog().values()} <= set(families)
 
 
 def test_nothing_in_the_picture_lies_on_anything_else():
@@ -102,11 +107,11 @@ def test_a_method_that_comes_is_in_the_tree(monkeypatch):
 
 
 def test_places_in_the_survey_are_read_off_the_docstrings():
-    assert view.section(find("magnitude_pruning_han")) == "001, 2.1.1 [23]"
-    assert view.section(find("bnn")) == "001, 2.2.1 (2) [62]"
-    assert view.section(find("dettmers_8bit")) == "001, 2.2.4 (1) Table 4 [80]"
-    assert view.section(find("structured_probabilistic_pruning")) == "004"
-    assert [key for key, m in catalog().items() if not view.section(m)] == ["random_pruning"]  # the floor, in no survey
+    assert section(find("magnitude_pruning_han")) == "001, 2.1.1 [23]"
+    assert section(find("bnn")) == "001, 2.2.1 (2) [62]"
+    assert section(find("dettmers_8bit")) == "001, 2.2.4 (1) Table 4 [80]"
+    assert section(find("structured_probabilistic_pruning")) == "004"
+    assert [key for key, m in catalog().items() if not section(m)] == ["random_pruning"]  # the floor, in no survey
 
 
 def test_every_leaf_leads_to_its_code_and_its_oracle(table):
@@ -133,7 +138,7 @@ def test_links_of_the_html_lead_to_files_and_the_text_has_the_same_leaves(table)
     assert all((ROOT / "notebooks" / link).resolve().is_file() for link, _ in links)
     for r in table.itertuples():
         assert f">{r.key}</a>" in page and f"    {r.key} ({r.kind}): {r.file}:{r.line}; {r.oracle}; {r.call}" in text
-    assert text.count("\n  ") - text.count("\n    ") == table.family.nunique()
+    assert text.count("\n  ") - text.count("\n    ") == table.groupby(["chapter", "family"]).ngroups
 
 
 # equal bytes

@@ -335,6 +335,20 @@ def test_a_joint_repair_reaches_layers_that_are_tied_to_a_covered_one():
 # what cannot lose a channel
 
 
+def test_what_goes_on_outside_torch_is_said_to_be_out_of_sight():
+    class Through(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(torch.from_numpy(self.a(x).detach().numpy()))
+
+    for where in ("*", "a"):
+        with pytest.raises(ValueError, match=r"what a gives cannot be followed: .* \(numpy, detach\)"):
+            compress(Through(), FILTERS, where=where, keep=0.5, data=(torch.rand(4, 6), torch.arange(4) % 3))
+
+
 @pytest.mark.parametrize(
     ("between", "said"),
     [(nn.GroupNorm(2, 8), r"0 cannot go: 1 \(GroupNorm\) is on their way"), (nn.PReLU(8), r"0 cannot go: 1 \(PReLU\)"),

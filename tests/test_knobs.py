@@ -122,6 +122,8 @@ def test_a_function_that_was_called_is_not_kept():
 
 
 def test_an_unknown_method_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"^sum is a plain function; make it a method with @score"):
+        find(sum)
     with pytest.raises(ValueError, match=r"no method 'snipe' \(did you mean 'snip'\?\); catalog\(\) lists random_pruning"):
         find("snipe")
     assert find(magnitude_pruning_han) is magnitude_pruning_han

@@ -271,6 +271,18 @@ def test_a_doubtful_latency_is_doubted(row):
     assert said(replace(row, latency_ratio=1.02), "1.02 is noise") and said(replace(row, latency_ratio=1.6), "measured again")
 
 
+def test_less_work_and_no_less_time_is_explained(row):
+    less = replace(row, multiply_adds=592)  # a quarter
+    assert said(replace(less, latency_ratio=1.3), "fell 4.0 times, the time 1.30 times", "batch")
+    assert said(replace(less, latency_ratio=0.5), "fell 4.0 times", "2.0 times as long")
+    assert not said(replace(less, latency_ratio=3.9), "fell 4.0 times") and not said(row, "Multiply-adds fell")
+
+
+def test_an_unsteady_latency_is_said_to_be_so(row):
+    assert said(replace(row, latency_low=0.05, latency_high=12.0), "0.050 to 12.000 ms", "threads=1")
+    assert not said(replace(row, latency_low=1.0, latency_high=1.5), "something else was at work")
+
+
 def test_layers_left_out_and_the_header_are_named(row):
     model = digits_net()
     found = measure(pruned(model, where="fc1"), model, threads=1)
@@ -284,6 +296,7 @@ def test_indices_are_weighed_beside_values():
     found = measure(pruned(model, 0.25, storage="bitmap"), model, threads=1)
     assert said(found, "32.0 bits of value", "4.0 bits of index") and said(found, "Parameters fell")
     assert said(measure(pruned(model, 0.05, storage="relative"), model, threads=1), "fillers")
+    assert not said(replace(found, parameters=found.dense.parameters), "Parameters fell")
 
 
 def test_layer_collapse_is_seen(some):
@@ -303,6 +316,7 @@ def test_flips_that_cancel(row):
 
 def test_slow_loading_is_explained(row):
     assert said(replace(row, load_ms=5.0, dense=replace(row.dense, load_ms=1.0)), "5.0 ms against 1.0")
+    assert said(replace(row, load_ms=5.0, file_bytes=9999, dense=replace(row.dense, load_ms=1.0, file_bytes=9000)), "its bytes have to be")
     assert not said(replace(row, load_ms=1.0, dense=replace(row.dense, load_ms=1.0)), "decoded")
 
 

@@ -9,9 +9,9 @@ import pytest
 from cmlib.methods import catalog
 from cmlib.methods.coincide import COINCIDENCES
 from cmlib.view import browse as module
-from cmlib.view.atlas import section
-from cmlib.view.browse import ELSEWHERE, SURVEY, browse, families, group, installed, methods_table, sentence
+from cmlib.view.browse import browse, families, installed, methods_table, sentence
 from cmlib.view.quiz import predict_first
+from cmlib.view.survey import ELSEWHERE, SURVEY, group, section
 
 
 def text(widget):

@@ -147,9 +147,14 @@ class Structure:
     def __init__(self, model: nn.Module, example: Tensor, covered: Iterable[str]) -> None:
         """ValueError where no covered layer has channels that can go; a warning where some stay for another reason than being the output."""
         covered = set(covered)
-        asked = [g for g in all_groups(model, example) if covered.intersection(g.makers)]
+        found = all_groups(model, example)
+        asked = [g for g in found if covered.intersection(g.makers)]
         self.groups = [g for g in asked if not g.stuck]
         reasons = [f"the channels of {', '.join(g.makers)} cannot go: {g.stuck}" for g in asked if g.stuck]
+        if lost := sorted(covered.difference(*(g.makers for g in found))):
+            reasons.append(
+                f"what {', '.join(lost)} gives cannot be followed: it goes on through nothing that autograd records (numpy, detach), if at all"
+            )
         if not self.groups:
             raise ValueError(f"{'; '.join(reasons) or 'no covered layer has channels of its own'}; unit='row' masks them all the same")
         for reason in (r for r in reasons if not r.endswith("output")):

@@ -245,7 +245,7 @@ def _indices(row: Row) -> Iterator[str]:
     if not (row.index_bytes and kept):
         return
     values = sum(layer.bytes for layer in row.compressed) - row.index_bytes
-    if row.dense is not None and row.file_ratio < row.parameters_ratio:
+    if row.dense is not None and max(1, row.file_ratio) < row.parameters_ratio:
         yield f"Parameters fell {row.parameters_ratio:.1f} times, the file {row.file_ratio:.1f} times: a weight's place is stored too."
     fillers = ", fillers between far weights included," if any(layer.format == "relative" for layer in row.compressed) else ""
     yield f"A kept weight costs {8 * values / kept:.1f} bits of value{fillers} and {8 * row.index_bytes / kept:.1f} bits of index."
@@ -306,9 +306,31 @@ def _same_work(row: Row) -> Iterator[str]:
         yield "Peak memory does not fall with the file: in memory each weight is unpacked to a dense tensor."
 
 
+def _less_work(row: Row) -> Iterator[str]:
+    if row.latency_ratio is None or not row.flops_ratio or row.flops_ratio < SAME * max(1, row.latency_ratio):
+        return
+    fell = f"Multiply-adds fell {row.flops_ratio:.1f} times"
+    if row.latency_ratio * SAME < 1:
+        yield f"{fell}, yet it takes {1 / row.latency_ratio:.1f} times as long: choosing what to work out and putting it in its place costs more."
+    else:
+        yield (
+            f"{fell}, the time {row.latency_ratio:.2f} times: starting a layer, moving maps through memory, batch norm and ReLU take time too, "
+            "and kernels are made for widths of 8 or 16. With more images a batch the arithmetic counts for more."
+        )
+
+
+def _unsteady(row: Row) -> Iterator[str]:
+    if row.latency_ms is not None and row.latency_high > 2 * row.latency_low:
+        yield (
+            f"Half of the runs took from {row.latency_low:.3f} to {row.latency_high:.3f} ms: something else was at work on this machine. "
+            "Measure again when it rests, or with threads=1."
+        )
+
+
 def _decoded(row: Row) -> Iterator[str]:
     if row.compressed and row.dense is not None and row.load_ms > SAME * row.dense.load_ms:
-        yield f"Loading takes {row.load_ms:.1f} ms against {row.dense.load_ms:.1f}: fewer bytes are read, but they have to be decoded."
+        what = "fewer bytes are read, but they" if row.file_bytes < row.dense.file_bytes else "its bytes"
+        yield f"Loading takes {row.load_ms:.1f} ms against {row.dense.load_ms:.1f}: {what} have to be decoded."
 
 
 def _forgets(row: Row) -> Iterator[str]:
@@ -322,7 +344,7 @@ def _forgets(row: Row) -> Iterator[str]:
 
 
 _REASONS = (_not_compressed, _collapse, _wrong_storage, _uncovered, _indices, _tables, _header, _decoded, _inputs, _masked_filters, _same_work,
-            _forgets)  # fmt: skip
+            _less_work, _unsteady, _forgets)  # fmt: skip
 
 
 _COLUMNS = {

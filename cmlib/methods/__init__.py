@@ -43,6 +43,10 @@ def find(method: Method | str) -> Method:
     """The method itself, or the one with that key. ValueError names the nearest key."""
     if isinstance(method, Method):
         return method
+    if callable(method):
+        raise ValueError(
+            f'{getattr(method, "__name__", method)} is a plain function; make it a method with @score("where it comes from", chapter="00")'
+        )
     methods = catalog()
     if method not in methods:
         raise ValueError(f"no method {method!r}{nearest(str(method), methods)}; catalog() lists {', '.join(methods)}")

@@ -1,7 +1,7 @@
 """The atlas: the survey's tree of methods, drawn and listed as ``catalog()`` has it, and every method at equal bytes.
 
-A method's chapter and family are the first line of its module's docstring ("Chapter 04, quantization: number formats."), its place in the survey and
-its paper are its own; its oracle is the test file that speaks of it most. Nothing is typed here.
+A method's chapter is the first line of its module's docstring, its place in the survey and its paper are its own, its family is the survey's group;
+its oracle is the test file that speaks of it most. Nothing is typed here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from ..core.method import Method
 from ..methods import catalog
 from .plots import BLUE, COLOURS, DARK, GREY, MARKERS, PALE, VERMILLION, canvas, log_axis
+from .survey import group, place, section
 
 ROOT = Path(__file__).resolve().parents[2]
 EDGE = 0.6  # fewest bits that the picture tells apart
@@ -30,28 +31,21 @@ ROWS = 36  # of the tree's longest column
 Tree = dict[str, dict[str, list[Method]]]
 
 
-def family(method: Method) -> tuple[str, str]:
-    """("Chapter 04, quantization", "number formats") of the module that a method lives in. ValueError where its docstring does not begin so."""
+def chapter(method: Method) -> str:
+    """ "Chapter 04, quantization" of the module that a method lives in. ValueError where its docstring does not begin so."""
     first = (sys.modules[method.fn.__module__].__doc__ or "").split("\n")[0]
     found = re.fullmatch(r"(Chapter \d\d, [\w ]+): (.+)\.", first)
     if not found:
-        raise ValueError(f"{method.fn.__module__} must begin 'Chapter NN, its name: the family.'; it begins {first!r}")
-    return found[1], found[2]
+        raise ValueError(f"{method.fn.__module__} must begin 'Chapter NN, its name: what it holds.'; it begins {first!r}")
+    return found[1]
 
 
 def branches() -> Tree:
-    """The catalogue as a tree: {chapter: {family: its methods}}, in the order of the chapters."""
+    """The catalogue as a tree: {chapter: {the survey's group: its methods}}, in the order of the chapters and of the survey."""
     tree: Tree = {}
-    for method in sorted(catalog().values(), key=lambda m: family(m)[0]):
-        chapter, group = family(method)
-        tree.setdefault(chapter, {}).setdefault(group, []).append(method)
+    for method in sorted(catalog().values(), key=lambda m: (chapter(m), place(group(m)))):
+        tree.setdefault(chapter(method), {}).setdefault(group(method), []).append(method)
     return tree
-
-
-def section(method: Method) -> str:
-    """Where the survey has it, "001, 2.1.2 [38]", as the docstring says; empty where it has not."""
-    found = re.search(r"[Ss]urvey (\d{3}(?:, \d[\d.]*\d(?: \(\d\))?(?: Table \d)?(?: \[\d+\])?)?)", " ".join(method.__doc__.split()))
-    return found[1] if found else ""
 
 
 def oracle(method: Method) -> str:
@@ -73,10 +67,10 @@ def leaves(panels: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
     """
     lines = []
     for chapter, groups in branches().items():
-        for group, methods in groups.items():
+        for family, methods in groups.items():
             for m in methods:
                 file = str(Path(inspect.getsourcefile(m.fn)).relative_to(ROOT))
-                here = {"chapter": chapter, "family": group, "key": m.key, "name": m.title, "kind": m.kind, "survey": section(m), "paper": m.paper}
+                here = {"chapter": chapter, "family": family, "key": m.key, "name": m.title, "kind": m.kind, "survey": section(m), "paper": m.paper}
                 call = 'explore("{}", net="{}", data="{}")'.format(m.key, *panels[m.key]) if m.key in panels else m.no_plan
                 lines.append({**here, "file": file, "line": inspect.getsourcelines(m.fn)[1], "oracle": oracle(m), "call": call})
     return pd.DataFrame(lines)
@@ -86,8 +80,8 @@ def linked(table: pd.DataFrame, up: str = "..") -> str:
     """The leaves as an HTML table whose keys lead to their code and whose oracles to their tests; ``up`` is the way to the project's folder."""
     heads = ("method", "what it is", "kind", "survey", "paper", "proved by", "panel")
     rows = []
-    for (chapter, group), lines in table.groupby(["chapter", "family"], sort=False):
-        rows.append(f"<tr><th colspan='{len(heads)}' scope='rowgroup' style='text-align:left'>{html.escape(f'{chapter}: {group}')}</th></tr>")
+    for (chapter, family), lines in table.groupby(["chapter", "family"], sort=False):
+        rows.append(f"<tr><th colspan='{len(heads)}' scope='rowgroup' style='text-align:left'>{html.escape(f'{chapter}: {family}')}</th></tr>")
         for r in lines.itertuples():
             code = f"<a href='{up}/{r.file}#L{r.line}'>{r.key}</a>"
             proof = f"<a href='{up}/{r.oracle}'>{Path(r.oracle).name}</a>" if r.oracle else ""
@@ -102,8 +96,8 @@ def outline(table: pd.DataFrame) -> str:
     lines = []
     for chapter, groups in table.groupby("chapter", sort=False):
         lines.append(f"{chapter}: {len(groups)} methods")
-        for group, found in groups.groupby("family", sort=False):
-            lines.append(f"  {group}")
+        for family, found in groups.groupby("family", sort=False):
+            lines.append(f"  {family}")
             lines += [f"    {r.key} ({r.kind}): {r.file}:{r.line}; {r.oracle or 'no oracle'}; {r.call}" for r in found.itertuples()]
     return "\n".join(lines)
 
@@ -151,7 +145,7 @@ def _families(ax: Axes, x: float, groups: Mapping[str, list[Method]], kinds: Map
     for name, methods in groups.items():
         y, last = y + 1.5, y + 0.4
         ax.plot([x + 0.02, x + 0.05], [last] * 2, color=GREY, zorder=0)
-        ax.text(x + 0.06, last, name, fontsize=14, fontweight="bold", color=BLUE, va="center")
+        ax.text(x + 0.06, last, name.lstrip("0123456789.() "), fontsize=13, fontweight="bold", color=BLUE, va="center")
         ax.plot([x + 0.075] * 2, [last + 0.5, y + len(methods) - 1], color=PALE, zorder=0)
         for m in methods:
             colour, marker = kinds[m.kind]

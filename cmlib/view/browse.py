@@ -17,30 +17,11 @@ from ..core.method import Method
 from ..lab.zoo import SEEDS, SHIPPED, checkpoint
 from ..methods import catalog
 from ..methods.coincide import COINCIDENCES
-from .atlas import section
+from .survey import group, place
 
 PACKAGES = ("torch", "torchvision", "numpy", "jupyterlab", "ipywidgets", "anywidget", "safetensors", "nbval", "voila")
 
 
-SURVEY = {  # the survey's groups (Gao et al. 2021, 001), and the references that it names in each
-    "2.1.1 Weights: by second derivatives": range(19, 23),
-    "2.1.1 Weights: by connection": range(23, 27),
-    "2.1.1 Weights: by neuron, noise or penalty": range(27, 35),
-    "2.1.1 Weights: to a budget": (13, 14),
-    "2.1.2 (1) Groups: one pattern for all filters": range(35, 40),
-    "2.1.2 (2) Filters: by their norm": (15, *range(40, 44)),
-    "2.1.2 (2) Filters: by a score of their own": (17, *range(44, 49)),
-    "2.1.2 (2) Filters: by the error of what is rebuilt": range(49, 53),
-    "2.1.2 (2) Filters: other ways": (16, *range(53, 56)),
-    "2.2.1 (1) One bit: weights": range(56, 62),
-    "2.2.1 (2) One bit: weights and inputs": range(62, 67),
-    "2.2.2 Three levels": range(67, 70),
-    "2.2.3 Clusters": range(70, 74),
-    "2.2.4 (1) Mixed bits: fixed by hand": range(74, 84),
-    "2.2.4 (2) Mixed bits: found": (18, *range(84, 87)),
-    "2.2.5 Ways of training": range(87, 96),
-}
-ELSEWHERE = "Not among that survey's references"
 COLUMNS = ("key", "name", "chapter", "group", "kind", "knobs", "asks for", "what sets it apart", "the same as", "paper")
 
 
@@ -57,12 +38,6 @@ def methods_table(chapter: str | None = None, text: str = "") -> pd.DataFrame:
 def _row(m: Method) -> list[str]:
     needs = [a for a in m.asks if a != "training"] + (["acts_in for inputs"] if m.reads_inputs else [])
     return [m.key, m.title, m.chapter, group(m), m.kind, ", ".join(m.knobs), ", ".join(needs), sentence(m), coincides(m.key), m.paper]
-
-
-def group(method: Method) -> str:
-    """The survey's group of a method, by the reference that its docstring names; the bare section of what stands in no group above."""
-    found = re.match(r"001, ([\d.]+).*\[(\d+)\]", section(method))
-    return next((name for name, references in SURVEY.items() if int(found[2]) in references), found[1]) if found else ELSEWHERE
 
 
 def sentence(method: Method, least: int = 80) -> str:
@@ -89,8 +64,7 @@ class Families:
     """A table of methods in the survey's groups, as the page shows it and as plain text."""
 
     def __init__(self, table: pd.DataFrame) -> None:
-        order = {name: place for place, name in enumerate(SURVEY)}
-        self.groups = sorted(table.groupby("group", sort=False), key=lambda found: (order.get(found[0], len(order)), found[0]))
+        self.groups = sorted(table.groupby("group", sort=False), key=lambda found: place(found[0]))
 
     def __repr__(self) -> str:
         lines = []
