@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils import prune as reference
 
 from cmlib.core.laws import UNITS
-from cmlib.core.select import rank, removed, select, to_units, to_weights
+from cmlib.core.select import _order, rank, removed, select, to_units, to_weights
 
 SHAPES = [(10, 7), (6, 5, 3, 3), (5, 4, 3), (1, 9), (9, 1)]
 
@@ -128,3 +128,12 @@ def test_units_and_weights_speak_of_the_same_places(shape, unit):
     kept = torch.rand(units.shape) < 0.5
     for flag, places in zip(kept.flatten(), groups(s.shape, unit), strict=True):
         assert (to_weights(kept, unit, s.shape).flatten()[places] == flag).all()
+
+
+@pytest.mark.parametrize("scores", [
+    torch.rand(5000, generator=torch.Generator().manual_seed(0)), torch.arange(5000).float() % 7, torch.zeros(9), torch.rand(0), torch.rand(99).half(),
+    torch.tensor([0.0, -0.0, 1.0, -torch.inf, torch.inf, 0.0, -torch.inf]), torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64),
+])  # fmt: skip
+def test_the_order_is_that_of_a_stable_sort(scores):
+    order = scores.argsort(descending=True, stable=True)
+    assert torch.equal(_order(scores).long()[order], torch.arange(len(scores)))

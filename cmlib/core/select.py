@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,11 +37,22 @@ def removed(total: int, keep: float) -> int:
 
 
 def _order(flat: Tensor) -> Tensor:
-    """Rank of each entry, 0 for the highest score; of equal scores the lower index ranks first, so it stays."""
-    order = flat.argsort(descending=True, stable=True)
-    rank = torch.empty(len(flat), dtype=torch.int32, device=flat.device)
-    rank[order] = torch.arange(len(flat), dtype=torch.int32, device=flat.device)
-    return rank
+    """Rank of each entry, 0 for the highest score; of equal scores the lower index ranks first, so it stays.
+
+    NumPy's sorts of plain numbers are many times as fast as a stable argsort, so ties are put in order by a second one.
+    """
+    exact = flat if flat.dtype in (torch.float32, torch.float64) else flat.double()
+    scores = exact.detach().cpu().numpy()
+    order = np.argsort(-scores)
+    ranked = scores[order]
+    apart = ranked[1:] != ranked[:-1]
+    if not apart.all():
+        group_and_index = np.r_[0, apart.cumsum()] << 32 | order
+        group_and_index.sort()
+        order = group_and_index & 0xFFFFFFFF
+    rank = np.empty(len(order), dtype=np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    return torch.from_numpy(rank).to(flat.device)
 
 
 def _kernels(s: Tensor) -> Tensor:
