@@ -131,7 +131,8 @@ def test_units_and_weights_speak_of_the_same_places(shape, unit):
 
 
 @pytest.mark.parametrize("scores", [
-    torch.rand(5000, generator=torch.Generator().manual_seed(0)), torch.arange(5000).float() % 7, torch.zeros(9), torch.rand(0), torch.rand(99).half(),
+    torch.rand(5000, generator=torch.Generator().manual_seed(0)), torch.arange(5000).float() % 7, torch.zeros(9), torch.rand(0),
+    torch.rand(99).half(),
     torch.tensor([0.0, -0.0, 1.0, -torch.inf, torch.inf, 0.0, -torch.inf]), torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64),
 ])  # fmt: skip
 def test_the_order_is_that_of_a_stable_sort(scores):
