@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from urllib.parse import quote_plus
 
 import numpy as np
 import pandas as pd
@@ -27,12 +28,13 @@ from .survey import group, place, section
 
 ROOT = Path(__file__).resolve().parents[2]
 EDGE = 0.6  # fewest bits that the picture tells apart
+SEARCH = "https://scholar.google.com/scholar?q="  # where a paper is found by its authors and title
 ROWS = 36  # of the tree's longest column
 Tree = dict[str, dict[str, list[Method]]]
 
 
 def chapter(method: Method) -> str:
-    """ "Chapter 04, quantization" of the module that a method lives in. ValueError where its docstring does not begin so."""
+    """The heading, "Chapter 04, quantization", of the module that a method lives in. ValueError where its docstring does not begin so."""
     first = (sys.modules[method.fn.__module__].__doc__ or "").split("\n")[0]
     found = re.fullmatch(r"(Chapter \d\d, [\w ]+): (.+)\.", first)
     if not found:
@@ -77,7 +79,7 @@ def leaves(panels: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
 
 
 def linked(table: pd.DataFrame, up: str = "..") -> str:
-    """The leaves as an HTML table whose keys lead to their code and whose oracles to their tests; ``up`` is the way to the project's folder."""
+    """The leaves as an HTML table that leads to their code, a search for their paper and their test; ``up`` is the way to the project's folder."""
     heads = ("method", "what it is", "kind", "survey", "paper", "proved by", "panel")
     rows = []
     for (chapter, family), lines in table.groupby(["chapter", "family"], sort=False):
@@ -85,7 +87,15 @@ def linked(table: pd.DataFrame, up: str = "..") -> str:
         for r in lines.itertuples():
             code = f"<a href='{up}/{r.file}#L{r.line}'>{r.key}</a>"
             proof = f"<a href='{up}/{r.oracle}'>{Path(r.oracle).name}</a>" if r.oracle else ""
-            cells = (code, html.escape(r.name), r.kind, r.survey, html.escape(r.paper), proof, f"<code>{html.escape(r.call)}</code>")
+            cells = (
+                code,
+                html.escape(r.name),
+                r.kind,
+                r.survey,
+                f"<a href='{SEARCH}{quote_plus(r.paper)}'>{html.escape(r.paper)}</a>",
+                proof,
+                f"<code>{html.escape(r.call)}</code>",
+            )
             rows.append("<tr>" + "".join(f"<td style='text-align:left'>{c}</td>" for c in cells) + "</tr>")
     top = "".join(f"<th scope='col' style='text-align:left'>{h}</th>" for h in heads)
     return f"<div style='max-height:44em;overflow:auto'><table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
