@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from ..lab.seeds import difference
+
 BLUE, VERMILLION, AMBER, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 DARK, GREY, PALE = "#333333", "#767676", "#D9D9D9"
 COLOURS = (BLUE, VERMILLION, GREEN, AMBER, DARK, PURPLE, SKY)
@@ -49,6 +51,13 @@ def show(figure: Figure, text: str) -> None:
 def say(text: str) -> None:
     """Measured figures in running text (Markdown)."""
     display(Markdown(text))
+
+
+def compare(a: str, b: str, values: Mapping[str, Any]) -> str:
+    """The difference of two rows of ``values`` (accuracies, seed by seed) in points, ± half of its 95 % interval; "inconclusive" where that holds 0."""
+    mean, half = difference(values[a], values[b])
+    spread = f" ± {100 * half:.1f} points" if np.isfinite(half) else " points, one seed"
+    return f"{a} − {b}: {100 * mean:+.1f}{spread}" + (" (**inconclusive**)" if abs(mean) <= half else "")
 
 
 def percent(axis: Axis) -> None:
