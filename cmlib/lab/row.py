@@ -259,12 +259,12 @@ def _header(row: Row) -> Iterator[str]:
 def _masked_filters(row: Row) -> Iterator[str]:
     for whole, mend in (
         (True, "bake(model) takes them out for real, and then file, work and time fall"),
-        (False, 'their biases and batch norms live on; unit="filter" silences these too, and bake(model) then takes the filters out'),
+        (False, 'biases and batch norms live on; unit="filter" silences these too, and bake(model) then takes them out'),
     ):
         masked = [layer for layer in row.compressed if layer.gone and layer.whole is whole]
         if masked and row.mode == "simulated":
             which = ", ".join(f"{layer.name} {layer.gone} of {layer.units}" for layer in masked[:4]) + (" ..." if len(masked) > 4 else "")
-            yield f"Filters are masked where they stand ({which}): {mend}."
+            yield f"Whole filters or neurons are masked where they stand ({which}): {mend}."
 
 
 def _tables(row: Row) -> Iterator[str]:

@@ -54,7 +54,7 @@ def say(text: str) -> None:
 
 
 def compare(a: str, b: str, values: Mapping[str, Any]) -> str:
-    """The difference of two rows of ``values`` (accuracies, seed by seed) in points, ± half of its 95 % interval; "inconclusive" where that holds 0."""
+    """Two rows of ``values`` (accuracies, seed by seed) in points: mean difference ± half its 95 % interval, inconclusive where that holds 0."""
     mean, half = difference(values[a], values[b])
     spread = f" ± {100 * half:.1f} points" if np.isfinite(half) else " points, one seed"
     return f"{a} − {b}: {100 * mean:+.1f}{spread}" + (" (**inconclusive**)" if abs(mean) <= half else "")
@@ -135,16 +135,18 @@ def _name_ends(ax: Axes, ends: list[tuple[float, str, str]], gap: float = 0.068)
         _beside(ax, 1, float(scale.inverted().transform(np.array([last]))[0]), name, colour, fontweight="bold")
 
 
-def dots(groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validation images", title: str = "", marked: Sequence[str] = ()) -> Figure:
-    """One row a group: a dot a seed, a bar at their mean; the groups in ``marked`` (the controls) are hollow."""
+def dots(groups: Mapping[str, Sequence[float]], *, x: str = "accuracy on validation images", title: str = "", marked: Sequence[str] = (),
+         marks: str = "control") -> Figure:  # fmt: skip
+    """One row a group: a dot a seed, a bar at their mean; the groups in ``marked`` are hollow, which the axis says means ``marks``."""
     figure, ax = canvas(height=1.2 + 0.46 * len(groups))
     for row, (name, values) in enumerate(groups.items()):
         colour = GREY if name in marked else BLUE
         ax.plot(values, [row] * len(values), "o", color=colour, fillstyle="none" if name in marked else "full", markersize=9, alpha=0.85)
         ax.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color=DARK, linewidth=2.5)
         _beside(ax, 1, row, f"{100 * np.mean(values):.1f} %")
+    hollow = f", hollow: {marks}" if any(name in marked for name in groups) else ""
     ax.set_yticks(range(len(groups)), list(groups))
-    ax.set(ylim=(len(groups) - 0.4, -0.6), xlabel=f"{x} (dot: a seed, bar: their mean)", title=title)
+    ax.set(ylim=(len(groups) - 0.4, -0.6), xlabel=f"{x} (dot: a seed, bar: their mean{hollow})", title=title)
     percent(ax.xaxis)
     ax.grid(axis="x", color=PALE, linewidth=0.8)
     ax.set_axisbelow(True)
