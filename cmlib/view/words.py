@@ -143,7 +143,15 @@ def cells(state: State, dense: Dense) -> list[list[str]]:
             *(kept if state.kept < state.total or not state.coded else []),
             *(_coded(state, dense) if state.coded else []),
             ["file on disk", size_text(dense.file_bytes), size, times(dense.file_bytes, state.file_bytes)],
+            *(_taken_out(state.speed, dense.file_bytes) if state.whole else []),
             *_speed(state.speed, dense.multiply_adds)]  # fmt: skip
+
+
+def _taken_out(speed: Speed | None, before: int) -> list[list[str]]:
+    """The file of the network that the multiply-adds below are of, once it has been measured."""
+    if speed is None or not speed.small_bytes:
+        return []
+    return [["file, filters taken out", size_text(before), size_text(speed.small_bytes), times(before, speed.small_bytes)]]
 
 
 def _coded(state: State, dense: Dense) -> list[list[str]]:
@@ -193,8 +201,8 @@ def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     if state.coded:
         found += _codes(state)
     elif state.whole and not (state.speed and state.speed.why):
-        size = f" Its file then has {size_text(state.speed.small_bytes)}." if state.speed and state.speed.small_bytes else ""
-        found.append(note("info", "Filters go whole.", f"Multiply-adds and latency are those of bake(model), the network without them.{size}"))
+        text = "The last rows of the table are those of bake(model), the network without them; those above are of the masked network."
+        found.append(note("info", "Filters go whole.", text))
     elif state.kept < state.total:
         why = f" {state.speed.why}" if state.speed else ""
         found.append(note("warn", "Why did the multiply-adds not move?", f"The mask sits in a dense matrix: the zeros are still multiplied.{why}"))

@@ -20,6 +20,7 @@ def test_filters_go_for_real_under_the_hand(tmp_path):
         after = panel.table()
         assert moved["accuracy"] != before["accuracy, exact"][1]
         assert after["multiply-adds"] != before["multiply-adds"] and after["multiply-adds"][2] != "1.0×"
+        assert after["file, filters taken out"][1] != after["file on disk"][1]
         small = kernel(page, "sum(p.numel() for p in bake(panel.model()).parameters())")
         assert small < kernel(page, "sum(p.numel() for p in panel.net.parameters())")
         assert "Filters go whole." in panel.root.inner_text()
