@@ -29,11 +29,12 @@ class RunError(ValueError):
 
 
 def machine() -> str:
-    """The machine and the versions behind a figure."""
+    """The machine, the widest vectors that torch uses on it, and the versions behind a figure."""
     cpu, found = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if found.exists():
         cpu = next((line.split(":")[1].strip() for line in found.read_text().split("\n") if line.startswith("model name")), cpu)
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu}, {cores}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def stored(recipe: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
