@@ -235,7 +235,7 @@ def _name_points(figure: Figure, ax: Axes, found: list[tuple[tuple[float, float,
         for *shift, side in AROUND:
             text = ax.annotate(name, (x, y), xytext=shift, textcoords="offset points", color=colour, fontsize=12, ha=side, va="center")
             box = text.get_window_extent()
-            free = ax.bbox.x0 <= box.x0 and not any(box.overlaps(other) for other in taken + spots[:i] + spots[i + 1 :])
+            free = ax.bbox.x0 <= box.x0 and ax.bbox.y0 <= box.y0 and not any(box.overlaps(other) for other in taken + spots[:i] + spots[i + 1 :])
             if free or side == "center":
                 break
             text.remove()

@@ -173,6 +173,8 @@ def error_curves(runs: pd.DataFrame, published: pd.DataFrame, *, dense: float | 
             shared.append(ax.axhline(1 - dense, color=GREY, linewidth=1.2, linestyle=":", label="dense, trained as long"))
         ax.set_title(family)
     _ratio_axis(axes[-1, 0], pd.concat([runs.ratio, published.ratio]), "ratio", "fewer weights")
+    least = 1 - max(runs.accuracy.max(), published.accuracy.max())
+    axes[0, 0].set_ylim(bottom=max(least, 1e-4) / 1.7)  # room for names below the best
     for ax, family in zip(axes[:, 0], families):
         _family(figure, ax, runs[runs.family == family], published.assign(named=published.family == family))
     axes[0, 0].legend(handles=shared, loc="upper left")
