@@ -639,8 +639,13 @@ def test_filters_that_go_whole_are_timed_without_them():
     assert panel.state.speed.multiply_adds == multiply_adds(small, torch.zeros(1, 1, 8, 8)) < 0.5 * panel.dense.multiply_adds
     notes = {n["title"]: n["text"] for n in panel.notes(panel.state)}
     assert "Why did the multiply-adds not move?" not in notes and "Filters go whole." in notes
-    table = {label: now for label, _, now, _ in panel.cells(panel.state)}
-    assert table["file, filters taken out"] == words.size_text(length(small, {})) != table["file on disk"]
+    table, size = {label: row for label, *row in panel.cells(panel.state)}, length(small, {})
+    assert table["file, filters taken out"] == [words.size_text(n) for n in (panel.dense.file_bytes, size)] + [
+        words.times(panel.dense.file_bytes, size)
+    ]
+    assert table["file, filters taken out"] != table["file on disk"]
+    rows = {label for label, *_ in panel.cells(panel.look({**panel.start, "unit": "row"}))}
+    assert "file, filters taken out" not in rows
 
 
 # Every method, and methods of one's own

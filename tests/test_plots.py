@@ -56,3 +56,24 @@ def test_published_rows_have_a_source_and_were_seen():
     assert table.source.str.len().min() > 10
     assert set(table.confidence) <= {"seen", "abstract"}
     assert (table.weights_ratio >= 1).all()
+
+
+def test_hollow_dots_are_those_marked_and_the_axis_says_what_they_are():
+    (ax,) = plots.dots({"a": [0.1, 0.2, 0.9], "c": [0.15]}, marked=["c"], marks="not cut").axes
+    assert ax.get_xlabel().endswith("(dot: a seed, bar: their mean, hollow: not cut)")
+    assert [line.get_fillstyle() for line in ax.lines[::2]] == ["full", "none"]
+    assert list(ax.lines[1].get_xdata()) == pytest.approx([0.4, 0.4])
+    assert "hollow" not in plots.dots({"a": [0.1]}).axes[0].get_xlabel()
+
+
+def test_a_name_stays_within_the_picture():
+    figure, ax = plots.canvas()
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    figure.draw_without_rendering()
+    low = (0.5, 0.01, "low")
+    x, y = ax.transData.transform(low[:2])
+    taken = [(x - 30, y), (x + 30, y), (x + 30, y + 22)]  # left, right and above to the right
+    beside = [tuple(ax.transData.inverted().transform(spot)) for spot in taken]
+    plots._name_points(figure, ax, [(low, plots.DARK)], beside)
+    box = ax.texts[0].get_window_extent()
+    assert ax.bbox.y0 <= box.y0 and box.y0 > y

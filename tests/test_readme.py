@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from cmlib.bench import readme
@@ -58,3 +59,10 @@ def test_every_table_of_the_bench_has_its_place():
 def test_links_lead_to_files():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGE):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("0*.ipynb")), ids=lambda path: path.stem)
+def test_sections_of_a_notebook_are_numbered_without_a_gap(path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    numbers = [int(n) for n in re.findall(r"^## (\d+) ·", text, flags=re.M)]
+    assert numbers == list(range(1, len(numbers) + 1))

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from cmlib.bench import learned, quantized, structures
+from cmlib.bench import learned, quantized, structures, twice
 from cmlib.lab import runs
 from cmlib.lab.zoo import SEEDS, card
 from cmlib.methods import catalog
@@ -83,6 +84,17 @@ def test_what_is_stored_of_learned_masks_is_what_its_recipes_ask_for():
     assert set(learned.KNOBS) - {learned.DENSE} == {m.key for m in catalog().values() if m.learns_masks}
     for r in runs.table("learned").itertuples():
         assert r.validation > 0.8 and (r.left < 1) == (r.method != learned.DENSE), f"{r.method} shows nothing at these knobs"
+
+
+def test_what_is_stored_towards_twice_the_speed_is_what_its_recipes_ask_for():
+    recipes = [twice.given(name, seed) for name in (*twice.WIDTHS, twice.DENSE) for seed in SEEDS]
+    recipes += [twice.given(name, seed, twice.LONGER) for name in (twice.HALF, twice.DENSE) for seed in SEEDS]
+    wanted = {runs._path(recipe).name for recipe in recipes}
+    assert {p.name for p in runs.RUNS.glob("twice-*.json")} == wanted and len(wanted) == 15
+
+
+def test_a_machine_is_named_with_its_vectors():
+    assert torch.backends.cpu.get_cpu_capability() in runs.machine().split(", ")
 
 
 def test_runs_of_a_method_are_those_of_its_network_as_it_is_now(folder):

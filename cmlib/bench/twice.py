@@ -18,6 +18,7 @@ from ..lab.cost import multiply_adds
 from ..lab.data import load_data
 from ..lab.measure import latency
 from ..lab.ratios import compress_each
+from ..lab.seeds import difference
 from ..lab.train import evaluate, fit
 from ..lab.zoo import RECIPES, SEEDS, load_net, recipe
 from .structures import DATA, NET, PARTS, before, trained
@@ -46,7 +47,7 @@ def accuracies(found: dict[str, list[dict[str, Any]]], epochs: int) -> Iterator[
     """What each network became, beside the dense one after as many epochs."""
     yield from heading(
         f"Residual net on Fashion-MNIST towards twice the speed, {epochs} more epochs (in all {epochs + RECIPES[NET]['epochs']}), "
-        "three seeds, mean ± standard deviation",
+        "three seeds, mean ± standard deviation (of a difference: half of its 95 % interval)",
         "network", "filters", "multiply-adds left", "parameters left", "validation", "to dense, points", "test", "to dense, points",
     )  # fmt: skip
     for name, results in found.items():
@@ -54,7 +55,8 @@ def accuracies(found: dict[str, list[dict[str, Any]]], epochs: int) -> Iterator[
         cells = ["/".join(map(str, filters(name).values())), *left]
         for part in PARTS:
             scores, dense = ([100 * r[part] for r in of] for of in (results, found[DENSE]))
-            cells += [f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %", f"{statistics.mean(scores) - statistics.mean(dense):+.2f}"]
+            lost, half = difference(scores, dense)
+            cells += [f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %", "" if name == DENSE else f"{lost:+.2f} ± {half:.2f}"]
         yield line(name, *cells)
     yield f"\n{trained(runs.of([given(name, seed, epochs) for name in found for seed in SEEDS]))}"
 

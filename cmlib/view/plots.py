@@ -54,10 +54,21 @@ def say(text: str) -> None:
 
 
 def compare(a: str, b: str, values: Mapping[str, Any]) -> str:
-    """Two rows of ``values`` (accuracies, seed by seed) in points: mean difference ± half its 95 % interval, inconclusive where that holds 0."""
-    mean, half = difference(values[a], values[b])
-    spread = f" ± {100 * half:.1f} points" if np.isfinite(half) else " points, one seed"
-    return f"{a} − {b}: {100 * mean:+.1f}{spread}" + (" (**inconclusive**)" if abs(mean) <= half else "")
+    """Two rows of ``values`` (accuracies, seed by seed) in points: mean difference ± half its 95 % interval, inconclusive where that holds 0.
+
+    Digits are added until the rounded figures say what the verdict says.
+    """
+    mean, half = (100 * v for v in difference(values[a], values[b]))
+    if half < 1e-9:
+        return f"{a} − {b}: {_signed(mean, 1)} points in every seed"
+    told = abs(mean) > half
+    digits = next((d for d in (1, 2, 3) if (round(abs(mean), d) > round(half, d)) == told), 3)
+    spread = f" ± {half:.{digits}f} points" if np.isfinite(half) else " points, one seed"
+    return f"{a} − {b}: {_signed(mean, digits)}{spread}" + ("" if told else " (**inconclusive**)")
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def percent(axis: Axis) -> None:

@@ -148,8 +148,10 @@ def cells(state: State, dense: Dense) -> list[list[str]]:
 
 
 def _taken_out(speed: Speed | None, before: int) -> list[list[str]]:
-    """The file of the network that the multiply-adds below are of, once it has been measured."""
-    if speed is None or not speed.small_bytes:
+    """The file of the network that the multiply-adds are of; none where the filters could not be taken out."""
+    if speed is None:
+        return [["file, filters taken out", size_text(before), "…", "at rest"]]
+    if not speed.small_bytes:
         return []
     return [["file, filters taken out", size_text(before), size_text(speed.small_bytes), times(before, speed.small_bytes)]]
 
@@ -201,7 +203,7 @@ def notes(state: State, dense: Dense) -> list[dict[str, str]]:
     if state.coded:
         found += _codes(state)
     elif state.whole and not (state.speed and state.speed.why):
-        text = "The last rows of the table are those of bake(model), the network without them; those above are of the masked network."
+        text = "Multiply-adds, latency and the file with filters taken out are those of bake(model); all else is of the masked network."
         found.append(note("info", "Filters go whole.", text))
     elif state.kept < state.total:
         why = f" {state.speed.why}" if state.speed else ""
