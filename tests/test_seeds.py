@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from cmlib.lab.seeds import difference
-from cmlib.view.plots import compare
+from cmlib.view.plots import compare, verdicts
 
 A, B = [0.91, 0.93, 0.92, 0.95], [0.90, 0.91, 0.92, 0.92]
 
@@ -60,3 +60,10 @@ def test_what_cannot_be_paired_is_refused(a, b, why):
 )
 def test_the_verdict_is_the_intervals(a, b, said):
     assert compare("a", "b", {"a": a, "b": b}) == f"a − b: {said}"
+
+
+def test_verdicts_are_those_that_are_told_apart_and_a_count_of_the_rest():
+    values = {"a": [0.92, 0.921, 0.919], "b": [0.90, 0.90, 0.90], "c": [0.80, 0.91, 0.99]}
+    assert verdicts([("a", "b"), ("a", "c"), ("b", "c")], values) == "a − b: +2.0 ± 0.2 points; the other 2 comparisons inconclusive"
+    assert verdicts([("a", "b")], values) == "a − b: +2.0 ± 0.2 points"
+    assert verdicts([("a", "c")], values) == "1 comparison inconclusive"

@@ -67,6 +67,14 @@ def compare(a: str, b: str, values: Mapping[str, Any]) -> str:
     return f"{a} − {b}: {_signed(mean, digits)}{spread}" + ("" if told else " (**inconclusive**)")
 
 
+def verdicts(pairs: Sequence[tuple[str, str]], values: Mapping[str, Any]) -> str:
+    """``compare`` for those of the ``pairs`` that are told apart, and how many are not."""
+    told = [said for a, b in pairs if "inconclusive" not in (said := compare(a, b, values))]
+    count = len(pairs) - len(told)
+    rest = f"{'the other ' if told else ''}{count} comparison{'s' * (count > 1)} inconclusive"
+    return "; ".join(told + [rest] * bool(count))
+
+
 def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
