@@ -149,6 +149,13 @@ def test_bands_go_from_the_lowest_seed_to_the_highest():
     assert (here.min(), here.max()) == pytest.approx((errors.min(), errors.max()))
 
 
+@pytest.mark.parametrize("least", [0.004, 0.0])
+def test_there_is_room_for_names_below_the_best(least):
+    papers = PAPERS.assign(accuracy=[0.99, 0.991, 1 - least])
+    bottom, _ = structures.error_curves(RUNS, papers).axes[0].get_ylim()
+    assert 0 < bottom <= max(least, 1e-4) / 1.6
+
+
 def test_it_is_readable():
     figure = structures.error_curves(RUNS, PAPERS, dense=0.995)
     figure.draw_without_rendering()
