@@ -67,3 +67,6 @@ def test_verdicts_are_those_that_are_told_apart_and_a_count_of_the_rest():
     assert verdicts([("a", "b"), ("a", "c"), ("b", "c")], values) == "a − b: +2.0 ± 0.2 points; the other 2 comparisons inconclusive"
     assert verdicts([("a", "b")], values) == "a − b: +2.0 ± 0.2 points"
     assert verdicts([("a", "c")], values) == "1 comparison inconclusive"
+    assert verdicts([("a", "a"), ("a", "b")], values).endswith("; the other 1 comparison inconclusive")  # the same in every seed
+    named = {"inconclusive": values["a"], "b": values["b"]}
+    assert verdicts([("inconclusive", "b")], named) == "inconclusive − b: +2.0 ± 0.2 points"

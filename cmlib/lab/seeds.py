@@ -19,7 +19,7 @@ def difference(a: Sequence[float] | pd.Series, b: Sequence[float] | pd.Series) -
         raise ValueError("a series and a plain sequence cannot be paired: give two series with the seeds as their index, or two sequences")
     if not isinstance(a, pd.Series) and len(a) != len(b):
         raise ValueError(f"a has {len(a)} seeds, b {len(b)}: give both the same seeds, or series with the seeds as their index")
-    both = pd.concat([pd.Series(a, dtype=float), pd.Series(b, dtype=float)], axis=1, join="inner").dropna()
+    both = pd.concat([pd.Series(a, dtype=float), pd.Series(b, dtype=float)], axis=1).dropna()
     change = both.iloc[:, 0] - both.iloc[:, 1]
     if change.empty:
         raise ValueError("no seed is in both a and b")

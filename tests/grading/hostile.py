@@ -99,11 +99,12 @@ ATTACKS = {
                 os.write(hoard[-1], bytes(1 << 24))
     """),
     "disk filler": attack("""
+        import tempfile
         def double(x):
-            with open("/tmp/hoard", "wb") as file:
+            with tempfile.NamedTemporaryFile() as file:
                 while True: file.write(bytes(1 << 20))
     """),
-    "many empty files": attack("import os\ndef double(x):\n    for i in range(10**9): os.mknod(f'/tmp/{i}')"),
+    "many empty files": attack("import os, tempfile\ndef double(x):\n    for i in range(10**9): os.mknod(f'{tempfile.gettempdir()}/{i}')"),
     "huge output": attack("""
         import os, sys
         print("x" * 10**7)
