@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from cmlib.lab.seeds import difference
-from cmlib.view.plots import compare, verdicts
+from cmlib.lab.seeds import compare, difference, verdicts
 
 A, B = [0.91, 0.93, 0.92, 0.95], [0.90, 0.91, 0.92, 0.92]
 

@@ -1,8 +1,9 @@
-"""What a few seeds say of a difference."""
+"""What a few seeds say of a difference, in numbers and in words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,3 +26,32 @@ def difference(a: Sequence[float] | pd.Series, b: Sequence[float] | pd.Series) -
         raise ValueError("no seed is in both a and b")
     half = stdtrit(len(change) - 1, 0.975) * change.std() / np.sqrt(len(change)) if len(change) > 1 else float("inf")
     return float(change.mean()), float(half)
+
+
+def compare(a: str, b: str, values: Mapping[str, Any]) -> str:
+    """Two rows of ``values`` (accuracies, seed by seed) in points: mean difference ± half its 95 % interval, inconclusive where that holds 0."""
+    return _compared(a, b, values)[0]
+
+
+def verdicts(pairs: Sequence[tuple[str, str]], values: Mapping[str, Any]) -> str:
+    """``compare`` for those of the ``pairs`` that are told apart, and how many are not."""
+    found = [_compared(a, b, values) for a, b in pairs]
+    told = [said for said, apart in found if apart]
+    count = len(pairs) - len(told)
+    rest = f"{'the other ' if told else ''}{count} comparison{'s' * (count > 1)} inconclusive"
+    return "; ".join(told + [rest] * bool(count))
+
+
+def _compared(a: str, b: str, values: Mapping[str, Any]) -> tuple[str, bool]:
+    """(the difference in words, whether it is told apart from 0); digits are added until the rounded figures say what the verdict says."""
+    mean, half = (100 * v for v in difference(values[a], values[b]))
+    told = abs(mean) > max(half, 1e-9)
+    if half < 1e-9:
+        return f"{a} − {b}: {_signed(mean, 1)} points in every seed", told
+    digits = next((d for d in (1, 2, 3) if (round(abs(mean), d) > round(half, d)) == told), 3)
+    spread = f" ± {half:.{digits}f} points" if np.isfinite(half) else " points, one seed"
+    return f"{a} − {b}: {_signed(mean, digits)}{spread}" + ("" if told else " (**inconclusive**)"), told
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from ..lab.seeds import difference
+from ..lab.seeds import compare as compare  # notebooks say plots.compare, beside plots.say
+from ..lab.seeds import verdicts as verdicts
 
 BLUE, VERMILLION, AMBER, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 DARK, GREY, PALE = "#333333", "#767676", "#D9D9D9"
@@ -51,35 +52,6 @@ def show(figure: Figure, text: str) -> None:
 def say(text: str) -> None:
     """Measured figures in running text (Markdown)."""
     display(Markdown(text))
-
-
-def compare(a: str, b: str, values: Mapping[str, Any]) -> str:
-    """Two rows of ``values`` (accuracies, seed by seed) in points: mean difference ± half its 95 % interval, inconclusive where that holds 0."""
-    return _compared(a, b, values)[0]
-
-
-def verdicts(pairs: Sequence[tuple[str, str]], values: Mapping[str, Any]) -> str:
-    """``compare`` for those of the ``pairs`` that are told apart, and how many are not."""
-    found = [_compared(a, b, values) for a, b in pairs]
-    told = [said for said, apart in found if apart]
-    count = len(pairs) - len(told)
-    rest = f"{'the other ' if told else ''}{count} comparison{'s' * (count > 1)} inconclusive"
-    return "; ".join(told + [rest] * bool(count))
-
-
-def _compared(a: str, b: str, values: Mapping[str, Any]) -> tuple[str, bool]:
-    """(the difference in words, whether it is told apart from 0); digits are added until the rounded figures say what the verdict says."""
-    mean, half = (100 * v for v in difference(values[a], values[b]))
-    told = abs(mean) > max(half, 1e-9)
-    if half < 1e-9:
-        return f"{a} − {b}: {_signed(mean, 1)} points in every seed", told
-    digits = next((d for d in (1, 2, 3) if (round(abs(mean), d) > round(half, d)) == told), 3)
-    spread = f" ± {half:.{digits}f} points" if np.isfinite(half) else " points, one seed"
-    return f"{a} − {b}: {_signed(mean, digits)}{spread}" + ("" if told else " (**inconclusive**)"), told
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def percent(axis: Axis) -> None:

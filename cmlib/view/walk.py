@@ -265,7 +265,7 @@ class Walk:
         pictures = (images if images.dtype == torch.uint8 else (images.clamp(0, 1) * 255).to(torch.uint8)).cpu()
         kinds = {"truth": labels, "before": dense, "after": answers}
         names = [{kind: self.class_name(int(of[i])) for kind, of in kinds.items()} for i in lost[: len(pictures)]]
-        caption = f"{len(lost):,} images right before and wrong now; {gained:,} the other way"
+        caption = f"{len(lost):,} image{'s' * (len(lost) != 1)} right before and wrong now; {gained:,} the other way"
         size = {"n": len(names), "h": pictures.shape[1], "w": pictures.shape[2], "palette": palette}
         return {**size, "buffer": 0, "labels": names, "total": len(lost), "caption": caption}, pictures.contiguous().numpy().tobytes()
 
